@@ -1,0 +1,492 @@
+"""FITS images in, FITS maps out, with their world coordinates right.
+
+A FITS image puts pixel centres at integer coordinates that start from 1, so the lower left corner of
+the first pixel lies at 1/2.  Cutting (x0, y0) zero-based pixels away and splitting each pixel into
+K x K therefore moves a position p (in pixels, along one axis) to
+
+    p' = K (p - x0 - 1/2) + 1/2
+
+which is what `regrid_header` does to CRPIX, while the matrix (CD, or CDELT next to PC or CROTA)
+shrinks by K and the SIP polynomial A_pq u^p v^q scales as K^(1 - p - q).  Images are flux per pixel;
+surface brightness (per solid angle) is the exception that `is_surface_brightness` finds out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from astropy import units
+from astropy.io import fits
+from astropy.wcs import WCS, FITSFixedWarning
+from astropy.wcs.utils import proj_plane_pixel_scales
+from numpy.typing import NDArray
+
+__all__ = [
+    "FitsImage",
+    "is_surface_brightness",
+    "parse_unit",
+    "pixel_scale",
+    "read_image",
+    "regrid_header",
+    "sky_to_pixel",
+    "write_cube",
+    "write_map",
+]
+
+Array = NDArray[np.float64]
+
+# What instruments write and astropy does not read.
+_UNIT_WORDS = (
+    (r"\belectrons\b", "electron"),
+    (r"\bcounts\b", "count"),
+    (r"\bphotons\b", "photon"),
+    (r"\b(seconds|second|sec)\b", "s"),
+    (r"\bdn\b", "DN"),
+    (r"\b(pixels|pixel)\b", "pix"),
+    (r"\be-(?=/|\s|$)", "electron "),
+)
+# Cards that describe the file read, not the map written.
+_STRUCTURE = {
+    "SIMPLE", "XTENSION", "BITPIX", "EXTEND", "PCOUNT", "GCOUNT", "GROUPS", "BSCALE", "BZERO",
+    "BLANK", "BUNIT", "EXTNAME", "EXTVER", "EXTLEVEL", "CHECKSUM", "DATASUM", "DATAMIN", "DATAMAX",
+    "INHERIT", "NEXTEND",
+}  # fmt: skip
+
+
+@final
+@dataclass(frozen=True)
+class FitsImage:
+    """A two-dimensional image.
+
+    data: (h, w) float64 in `unit` per pixel; pixels without data are NaN.
+    header: of the HDU read, moved along by `cutout`.
+    unit: BUNIT as the file has it, None when missing.
+    notes: what the reader found worth telling.
+    """
+
+    data: Array
+    header: fits.Header
+    path: str
+    hdu: str
+    unit: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def pixel_scale(self) -> float | None:
+        """Side of a pixel in arcsec (geometric mean of both axes), None without a celestial WCS."""
+        return pixel_scale(self.header)
+
+    def cutout(self, x: float, y: float, size: int) -> FitsImage:
+        """The square of `size` pixels around zero-based (x, y); NaN where it leaves the image.
+
+        Raises
+        ------
+        ValueError: for a size below 1 or a centre off the image.
+        """
+        h, w = self.data.shape
+        if size < 1:
+            raise ValueError(f"got a cutout of {size} pixels; expected a size of at least 1")
+        if not (-0.5 <= x < w - 0.5 and -0.5 <= y < h - 0.5):
+            raise ValueError(
+                f"the cutout's centre ({x:g}, {y:g}) is off the image {self.path}, which has "
+                f"{w} x {h} pixels; x runs over columns and y over rows, both from 0"
+            )
+        x0, y0 = cutout_corner(x, y, size)
+        return self.window(x0, y0, size, size)
+
+    def window(self, x0: int, y0: int, width: int, height: int) -> FitsImage:
+        """The window whose first pixel is (x0, y0); NaN where it leaves the image."""
+        h, w = self.data.shape
+        data = np.full((height, width), np.nan)
+        top, left = max(y0, 0), max(x0, 0)
+        bottom, right = min(y0 + height, h), min(x0 + width, w)
+        if top < bottom and left < right:
+            data[top - y0 : bottom - y0, left - x0 : right - x0] = self.data[top:bottom, left:right]
+        return replace(self, data=data, header=regrid_header(self.header, x0=x0, y0=y0))
+
+
+def cutout_corner(x: float, y: float, size: int) -> tuple[int, int]:
+    """First pixel of the square of `size` pixels whose centre is nearest to zero-based (x, y)."""
+    return round(x - (size - 1) / 2), round(y - (size - 1) / 2)
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    *,
+    hdu: int | str | None = None,
+    plane: int | None = None,
+) -> FitsImage:
+    """Read a two-dimensional image.
+
+    Parameters
+    ----------
+    path: FITS file, which may be compressed.
+    hdu: number or name of the HDU; default: the first that holds an image.
+    plane: which image of a cube, from 0.
+
+    Raises
+    ------
+    FileNotFoundError: there is no such file.
+    ValueError: it is not FITS, is cut off, holds no image, or a cube without a choice of plane.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a FITS image")
+    try:
+        with warnings.catch_warnings():
+            # A cut-off file is only warned about; its missing pixels would come out as an error
+            # far away, or as zeros.
+            warnings.filterwarnings("error", message=".*truncated.*")
+            warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
+            with fits.open(path, memmap=False, lazy_load_hdus=False) as hdus:
+                found, name = _choose(hdus, hdu, path)
+                header = found.header.copy()
+                # The file's own type is read in full here: a short read raises.
+                data = np.array(found.data, dtype=np.float64)
+    except _Refused as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # astropy raises many kinds for broken files
+        raise ValueError(
+            f"cannot read {path} as FITS ({error}); the file is not FITS, or it is damaged or cut off"
+        ) from error
+    data, header = _two_dimensional(data, header, plane, path)
+    notes = []
+    text = header.get("BUNIT")
+    unit = str(text).strip() or None if text is not None else None
+    if unit is None:
+        notes.append(f"{path.name} states no units (BUNIT): the maps will have none either")
+    else:
+        parsed = parse_unit(unit)
+        if parsed is None:
+            notes.append(
+                f"{path.name}: the unit BUNIT = {unit!r} is unknown; it is kept as it is and the "
+                "image is taken as linear flux per pixel"
+            )
+        elif isinstance(parsed, units.LogUnit | units.function.FunctionUnitBase) or parsed in (
+            units.mag,
+            units.dex,
+        ):
+            raise ValueError(
+                f"{path}: BUNIT = {unit!r} is logarithmic; expected an image that is linear in flux"
+            )
+    data = np.where(np.isfinite(data), data, np.nan)
+    return FitsImage(data, header, str(path), name, unit, tuple(notes))
+
+
+class _Refused(Exception):
+    """A message of ours, told apart from the many errors that astropy raises for broken files."""
+
+
+def _choose(hdus: fits.HDUList, hdu: int | str | None, path: Path) -> tuple[Any, str]:
+    def label(index: int) -> str:
+        name = hdus[index].name
+        return f"{index} ({name})" if name else str(index)
+
+    def is_image(item: Any) -> bool:
+        shape = getattr(item, "shape", ())
+        return bool(item.is_image) and len(shape) >= 2 and int(np.prod(shape)) > 0
+
+    images = [i for i, item in enumerate(hdus) if is_image(item)]
+    listing = ", ".join(f"{label(i)}: {hdus[i].shape}" for i in images)
+    if hdu is not None:
+        try:
+            index = hdus.index_of(hdu)
+            found = hdus[index]
+        except (KeyError, IndexError):
+            raise _Refused(f"{path} has no HDU {hdu!r}; it holds {listing or 'no image'}") from None
+        if not is_image(found):
+            raise _Refused(f"HDU {label(index)} of {path} is not an image; images: {listing}")
+        return found, label(index)
+    if not images:
+        raise _Refused(
+            f"{path} holds no image: its {len(hdus)} HDU(s) have no two-dimensional data"
+        )
+    return hdus[images[0]], label(images[0])
+
+
+def _two_dimensional(
+    data: Array, header: fits.Header, plane: int | None, path: Path
+) -> tuple[Array, fits.Header]:
+    shape = data.shape
+    data = data.reshape([n for n in shape[:-2] if n > 1] + list(shape[-2:]))
+    if data.ndim == 2:
+        if plane not in (None, 0):
+            raise ValueError(f"{path} holds one image; got plane {plane}, expected none or 0")
+    elif data.ndim == 3:
+        if plane is None:
+            raise ValueError(
+                f"{path} holds a cube of {len(data)} images; choose one by --plane "
+                f"(0 to {len(data) - 1})"
+            )
+        if not 0 <= plane < len(data):
+            raise ValueError(
+                f"{path} holds {len(data)} images; got plane {plane}, expected 0 to {len(data) - 1}"
+            )
+        data = data[plane]
+    else:
+        raise ValueError(f"{path} holds data of shape {shape}; expected an image or a cube")
+    if len(shape) > 2:
+        header = _drop_axes(header)
+    return data, header
+
+
+def _drop_axes(header: fits.Header) -> fits.Header:
+    """Remove every card of the axes after the second."""
+    out = header.copy()
+    pattern = re.compile(
+        r"^(NAXIS|CTYPE|CRPIX|CRVAL|CDELT|CUNIT|CROTA|CRDER|CSYER|CNAME|LTV)([3-9])[A-Z]?$"
+        r"|^(CD|PC|LTM)(\d_[3-9]|[3-9]_\d)[A-Z]?$"
+    )
+    for key in list(out):
+        if pattern.match(key):
+            del out[key]
+        elif re.match(r"^WCSAXES[A-Z]?$", key):
+            out[key] = 2
+    if "NAXIS" in out:
+        out["NAXIS"] = 2
+    return out
+
+
+# Units ----------------------------------------------------------------------------------------
+
+
+def parse_unit(text: str) -> Any:
+    """The astropy unit that BUNIT spells, None when nobody knows it."""
+    tries = [text]
+    words = text
+    for pattern, word in _UNIT_WORDS:
+        words = re.sub(pattern, word, words, flags=re.IGNORECASE)
+    # Headers in capitals mean seconds by S, not siemens.
+    if text.isupper():
+        words = re.sub(r"(?<=[/ ])S\b", "s", words)
+        tries.insert(0, words.strip())
+    tries.append(words.strip())
+    for candidate in tries:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", units.UnitsWarning)
+            try:
+                return units.Unit(candidate)
+            except (ValueError, TypeError):
+                continue
+    return None
+
+
+def is_surface_brightness(text: str | None) -> bool:
+    """Whether a unit is per solid angle, so that splitting a pixel leaves its value alone."""
+    unit = None if text is None else parse_unit(text)
+    if unit is None or not hasattr(unit, "decompose"):
+        return False
+    try:
+        parts = unit.decompose()
+    except units.UnitsError:
+        return False
+    return any(
+        base == units.rad and power == -2
+        for base, power in zip(parts.bases, parts.powers, strict=True)
+    )
+
+
+def is_electron_rate(text: str | None) -> bool:
+    """Whether a unit is electrons per second, for which Poisson noise follows from EXPTIME."""
+    unit = None if text is None else parse_unit(text)
+    if unit is None:
+        return False
+    return unit in (units.electron / units.s, units.electron / units.s / units.pix)
+
+
+# World coordinates ------------------------------------------------------------------------------
+
+
+def _wcs(header: fits.Header) -> WCS:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FITSFixedWarning)
+        warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
+        return WCS(header, naxis=2)
+
+
+def pixel_scale(header: fits.Header) -> float | None:
+    """Side of a pixel in arcsec (geometric mean of both axes), None without a celestial WCS."""
+    wcs = _wcs(header)
+    if not wcs.has_celestial:
+        return None
+    x, y = proj_plane_pixel_scales(wcs.celestial)
+    return float(np.sqrt(x * y) * 3600)
+
+
+def sky_to_pixel(header: fits.Header, ra: str | float, dec: str | float) -> tuple[float, float]:
+    """Zero-based pixel of a sky position, in degrees or in sexagesimal hours and degrees (ICRS).
+
+    Raises
+    ------
+    ValueError: the position cannot be read, or the header has no celestial WCS.
+    """
+    from astropy.coordinates import SkyCoord
+
+    wcs = _wcs(header)
+    if not wcs.has_celestial:
+        raise ValueError(
+            "the image has no celestial world coordinates; give the target in pixels (--cutout)"
+        )
+    try:
+        try:
+            position = SkyCoord(float(ra), float(dec), unit="deg")
+        except ValueError:
+            position = SkyCoord(str(ra), str(dec), unit=("hourangle", "deg"))
+    except Exception as error:  # astropy's parser raises several kinds
+        raise ValueError(
+            f"cannot read the position {ra} {dec} ({error}); expected degrees, or hours and degrees "
+            "such as 00:14:20.0 -30:23:16"
+        ) from error
+    x, y = wcs.celestial.world_to_pixel(position)
+    if not (np.isfinite(x) and np.isfinite(y)):
+        raise ValueError(f"the position {ra} {dec} is not on the image's projection")
+    return float(x), float(y)
+
+
+def regrid_header(header: fits.Header, *, x0: int = 0, y0: int = 0, factor: int = 1) -> fits.Header:
+    """The header after cutting away (x0, y0) pixels and splitting each pixel into factor x factor.
+
+    Treats the primary and every alternate WCS (CD, PC with CDELT, CROTA), SIP and IRAF's LTV/LTM.
+    Lookup-table distortions belong to a full frame and are not supported.
+
+    Raises
+    ------
+    ValueError: for a factor below 1 or a header with lookup-table distortions.
+    """
+    if factor < 1:
+        raise ValueError(f"got an oversampling of {factor}; expected an integer of at least 1")
+    if any(key in header for key in ("CPDIS1", "CPDIS2", "D2IMDIS1", "D2IMDIS2")) and (
+        factor > 1 or x0 or y0
+    ):
+        raise ValueError(
+            "the image's world coordinates use a lookup table (CPDIS/D2IMDIS); drizzle or resample "
+            "the image to a plain projection first"
+        )
+    out = header.copy()
+    for axis, start in ((1, x0), (2, y0)):
+        for suffix in ["", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]:
+            _regrid_axis(out, axis, start, factor, suffix)
+        if f"LTV{axis}" in out or f"LTM{axis}_{axis}" in out:
+            # IRAF: pixel = LTM physical + LTV, with the same halves as CRPIX
+            old = float(out.get(f"LTV{axis}", 0.0))
+            out[f"LTV{axis}"] = factor * (old - start - 0.5) + 0.5
+            out[f"LTM{axis}_{axis}"] = factor * float(out.get(f"LTM{axis}_{axis}", 1.0))
+    if factor > 1:
+        _regrid_sip(out, factor)
+    return out
+
+
+def _regrid_axis(header: fits.Header, axis: int, start: int, factor: int, suffix: str) -> None:
+    key = f"CRPIX{axis}{suffix}"
+    described = (
+        key in header or f"CTYPE{axis}{suffix}" in header or f"CRVAL{axis}{suffix}" in header
+    )
+    if not described:
+        return
+    header[key] = factor * (float(header.get(key, 0.0)) - start - 0.5) + 0.5
+    if factor == 1:
+        return
+    # A column of CD belongs to a pixel axis.
+    columns = [f"CD{i}_{axis}{suffix}" for i in (1, 2)]
+    if any(name in header for name in columns) or any(
+        f"CD{i}_{j}{suffix}" in header for i in (1, 2) for j in (1, 2)
+    ):
+        for name in columns:
+            if name in header:
+                header[name] = float(header[name]) / factor
+        return
+    cdelt = f"CDELT{axis}{suffix}"
+    # CDELT scales a row of PC; both pixel axes are split alike, so both rows take the factor.
+    header[cdelt] = float(header.get(cdelt, 1.0)) / factor
+
+
+def _regrid_sip(header: fits.Header, factor: int) -> None:
+    for key in list(header):
+        match = re.match(r"^(A|B|AP|BP)_(\d)_(\d)$", key)
+        if match:
+            order = int(match[2]) + int(match[3])
+            header[key] = float(header[key]) * float(factor) ** (1 - order)
+    for key in ("A_DMAX", "B_DMAX"):
+        if key in header:
+            header[key] = float(header[key]) * factor
+
+
+# Writing --------------------------------------------------------------------------------------
+
+
+def write_map(
+    path: str | os.PathLike[str],
+    data: Array,
+    header: fits.Header,
+    *,
+    unit: str | None,
+    comment: str = "",
+    cards: dict[str, Any] | None = None,
+) -> None:
+    """Write an (h, w) map with the world coordinates and provenance of `header`, as float32.
+
+    cards: further keywords, value or (value, comment).
+    """
+    out = _map_header(header, unit, comment, cards)
+    fits.PrimaryHDU(np.asarray(data, dtype=np.float32), out).writeto(path, overwrite=True)
+
+
+def write_cube(
+    path: str | os.PathLike[str],
+    data: Array,
+    header: fits.Header,
+    *,
+    unit: str | None,
+    comment: str = "",
+    cards: dict[str, Any] | None = None,
+) -> None:
+    """Write (n, h, w) draws as a cube whose third axis counts them from 1, as float32."""
+    out = _map_header(header, unit, comment, cards)
+    if "CTYPE1" in out:
+        out["WCSAXES"] = 3
+        out["CTYPE3"] = ("DRAW", "number of the draw")
+        out["CRPIX3"], out["CRVAL3"] = 1.0, 1.0
+        out["CD3_3" if "CD1_1" in out else "CDELT3"] = 1.0
+        # WCSAXES has to come before the cards it announces.
+        value = out["WCSAXES"]
+        del out["WCSAXES"]
+        first = next(i for i, key in enumerate(out) if re.match(r"^(C[A-Z]+\d|CD\d|PC\d)", key))
+        out.insert(first, ("WCSAXES", value, "number of coordinate axes"))
+    fits.PrimaryHDU(np.asarray(data, dtype=np.float32), out).writeto(path, overwrite=True)
+
+
+def _map_header(
+    header: fits.Header, unit: str | None, comment: str, cards: dict[str, Any] | None
+) -> fits.Header:
+    out = fits.Header()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
+        for card in header.cards:
+            key = card.keyword
+            if key in _STRUCTURE or re.match(r"^(NAXIS\d*|TTYPE|TFORM|ZIMAGE)", key):
+                continue
+            if key in ("COMMENT", "HISTORY", ""):
+                continue
+            try:
+                card.verify("fix")
+                out.append(card, bottom=True)
+            except (fits.VerifyError, ValueError):
+                continue  # a card that the standard forbids cannot be written on
+    if unit is not None:
+        out["BUNIT"] = (unit, "of each pixel of this map")
+    for key, value in (cards or {}).items():
+        out[key] = value
+    if comment:
+        out["COMMENT"] = comment
+    return out
