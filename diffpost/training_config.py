@@ -1,0 +1,193 @@
+"""What to train on what: the configuration of a training run, read from YAML and kept in the card."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from diffpost.training_data import DataConfig
+
+__all__ = ["NoiseLevels", "Stage", "TrainConfig"]
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """How noise-to-signal ratios are drawn: log-normal, and a share `flat` log-uniform in [low, high]."""
+
+    log_mean: float = -2.2
+    log_std: float = 1.6
+    flat: float = 0.15
+    low: float = 0.001
+    high: float = 80.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`images` training images of `crop` pixels in batches of `batch`, at `learning_rate`."""
+
+    images: int
+    crop: int
+    batch: int
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.crop < 1 or self.batch < 1:
+            raise ValueError(f"got {self}; images, crop and batch must all be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the outcome of a training run.
+
+    data, heldout: sources of training and of held-out crops.
+    network: configuration of the backbone, as `diffpost.networks.build_network` takes it.
+    stages: sizes of crops and batches over the run.
+    sde: the process that samples are drawn with, as `SDE.to_dict` writes it.
+    sigma_data: standard deviation of the training pixels.
+    ema: decay of the average of the weights, per step.
+    warmup: steps of linear warm-up; decay_images: training images after which the learning rate falls
+        as an inverse square root; cooldown: last share of the run in which it falls to zero.
+    init: a prior to start from.
+    """
+
+    data: tuple[DataConfig, ...]
+    network: dict[str, Any]
+    stages: tuple[Stage, ...]
+    heldout: tuple[DataConfig, ...] = ()
+    sde: dict[str, Any] = field(
+        default_factory=lambda: {"kind": "EDM", "sigma_min": 0.002, "sigma_max": 80.0}
+    )
+    sigma_data: float = 0.5
+    noise: NoiseLevels = field(default_factory=NoiseLevels)
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: int = 500
+    decay_images: int = 200_000
+    cooldown: float = 0.1
+    clip: float = 1.0
+    ema: float = 0.9995
+    seed: int = 0
+    init: str | None = None
+    checkpoint_seconds: float = 120.0
+    validate_every: int = 20_000
+    validate_images: int = 256
+    validate_levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    sample_images: int = 16
+    card: dict[str, Any] = field(default_factory=dict)
+
+    # What may change when a run is continued: the rest decides what the numbers so far mean.
+    _MAY_CHANGE = (
+        "stages",
+        "cooldown",
+        "checkpoint_seconds",
+        "validate_every",
+        "validate_images",
+        "validate_levels",
+        "sample_images",
+        "card",
+        "init",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("got no data; give at least one source under `data`")
+        if not self.stages:
+            raise ValueError(
+                "got no stages; give at least one, e.g. {images: 100000, crop: 64, batch: 64}"
+            )
+        if not self.sigma_data > 0:
+            raise ValueError(f"got sigma_data = {self.sigma_data}; expected a positive number")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read a configuration, naming whatever is not known or missing.
+
+        Raises
+        ------
+        ValueError: for unknown or missing keys and values out of range.
+        """
+        values = dict(values)
+        nested: dict[str, Any] = {
+            "data": DataConfig,
+            "heldout": DataConfig,
+            "stages": Stage,
+        }
+        for key, kind in nested.items():
+            if key in values:
+                values[key] = tuple(_build(kind, item, key) for item in values[key])
+        if "noise" in values:
+            values["noise"] = _build(NoiseLevels, values["noise"], "noise")
+        if "validate_levels" in values:
+            values["validate_levels"] = tuple(values["validate_levels"])
+        return _build(cls, values, "configuration")
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
+    ) -> Self:
+        """Read a YAML file; relative paths of data are taken from `root` (default: the file's folder)."""
+        import yaml
+
+        path = Path(path)
+        values = yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: got {type(values).__name__}; expected a mapping of settings")
+        base = path.parent if root is None else Path(root)
+        for key in ("data", "heldout"):
+            for item in values.get(key, ()):
+                if isinstance(item, dict) and "path" in item:
+                    item["path"] = str(base / item["path"])
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`, for JSON and YAML."""
+        return _plain(dataclasses.asdict(self))
+
+    def check_continues(self, other: dict[str, Any], out: Path) -> None:
+        """Raise ValueError unless a run of configuration `other` may continue with this one."""
+        mine = self.to_dict()
+        changed = sorted(
+            key
+            for key in set(mine) | set(other)
+            if key not in self._MAY_CHANGE and mine.get(key) != other.get(key)
+        )
+        if changed:
+            raise ValueError(
+                f"{out} holds a run with another {', '.join(changed)}; continue it with its own "
+                "settings, or give another --out"
+            )
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(values):
+        return values
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: got {values!r}; expected a mapping of settings")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(known)}"
+        )
+    missing = sorted(
+        name
+        for name, f in known.items()
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and name not in values
+    )
+    if missing:
+        raise ValueError(f"{where}: the setting {', '.join(missing)} is missing")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that a configuration equals itself after JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,253 @@
+"""Training: what it minimises, that it resumes exactly, and that processes share a batch."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from diffpost.networks.precondition import edm_coefficients
+from diffpost.training import TrainConfig, Trainer, denoising_loss, noise_levels, train
+from diffpost.training_config import NoiseLevels
+from diffpost.training_data import CropStream, DataConfig
+
+
+def settings(folder, **changes):
+    """A run of a few seconds: 8-pixel crops of blobs."""
+    path = folder / "blobs.npy"
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        grid = np.arange(12) - 5.5
+        width = rng.uniform(1, 2.5, (64, 1, 1))
+        blobs = np.exp(-(grid[:, None] ** 2 + grid**2) / (2 * width**2))
+        np.save(path, blobs.astype(np.float16))
+    source = {"path": str(path), "zoom": [0.7, 1.0], "jitter": 1.0, "gain": [0.8, 1.2]}
+    return {
+        "data": [source],
+        "heldout": [source],
+        "network": {
+            "kind": "unet",
+            "patch": 1,
+            "widths": [8, 16],
+            "blocks": [1, 1],
+            "embedding": 16,
+        },
+        "stages": [{"images": 640, "crop": 8, "batch": 16}],
+        "sigma_data": 0.3,
+        "learning_rate": 2e-3,
+        "warmup": 5,
+        "validate_every": 320,
+        "validate_images": 16,
+        "sample_images": 0,
+        "checkpoint_seconds": 0.0,
+        "card": {"data": "blobs"},
+        **changes,
+    }
+
+
+def losses(out):
+    with (out / "loss.csv").open() as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Float sums depend on the number of threads: the traces are compared bit by bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_training_learns_and_writes_what_it_promises(tmp_path):
+    out = tmp_path / "run"
+    prior = train(TrainConfig.from_dict(settings(tmp_path)), out, progress=False)
+    trace = [loss for _, loss in losses(out)]
+    assert len(trace) == 40
+    assert np.mean(trace[-10:]) < 0.7 * np.mean(trace[:5])
+    assert prior.card["data"] == "blobs"
+    assert prior.card["training"]["images_seen"] == 640
+    assert prior.card["training"]["heldout_loss"]["0.1"] < 1
+    from diffpost.io.checkpoints import load_prior
+
+    x = torch.randn(2, 1, 8, 8)
+    t = prior.sde.t_of_nsr(torch.tensor(0.3, dtype=torch.float64))
+    assert torch.allclose(load_prior(out / "prior").denoise(x, t), prior.denoise(x, t), atol=1e-5)
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path):
+    config = TrainConfig.from_dict(settings(tmp_path))
+    whole = train(config, tmp_path / "whole", progress=False)
+    for _ in range(3):
+        parts = train(config, tmp_path / "parts", progress=False, max_steps=15)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    for a, b in zip(whole.net.parameters(), parts.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # Control: another seed is another run.
+    other = TrainConfig.from_dict(settings(tmp_path, seed=1))
+    train(other, tmp_path / "other", progress=False, max_steps=3)
+    assert losses(tmp_path / "other") != losses(tmp_path / "whole")[:3]
+
+
+def test_a_run_killed_at_any_moment_continues_exactly(tmp_path):
+    config = settings(tmp_path, checkpoint_seconds=0.05)
+    train(TrainConfig.from_dict(config), tmp_path / "whole", progress=False)
+    script = textwrap.dedent(f"""
+        import torch
+        torch.set_num_threads(1)
+        from diffpost.training import TrainConfig, train
+        train(TrainConfig.from_dict({config!r}), {str(tmp_path / "killed")!r}, progress=False)
+    """)
+    kills = 0
+    for delay in (0.15, 0.3, 0.5, 0.1):
+        process = subprocess.Popen([sys.executable, "-c", script])
+        start = time.time()
+        while not (tmp_path / "killed" / "loss.csv").exists() and time.time() - start < 60:
+            time.sleep(0.01)
+        time.sleep(delay)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills, "every run ended before it was killed: make it longer"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_two_processes_have_the_loss_of_one(tmp_path):
+    config = settings(tmp_path)
+    train(TrainConfig.from_dict(config), tmp_path / "one", progress=False, max_steps=6)
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import torch\ntorch.set_num_threads(1)\n"
+        "from diffpost.training import TrainConfig, train\n"
+        f"config = TrainConfig.from_dict({config!r})\n"
+        f"train(config, {str(tmp_path / 'two')!r}, progress=False, max_steps=6)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+        + ["--master_addr=127.0.0.1", f"--master_port={port}", str(script)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [step for step, _ in one] == [step for step, _ in two]
+    np.testing.assert_allclose([x for _, x in one], [x for _, x in two], rtol=2e-5)
+
+
+def test_a_run_is_not_continued_with_other_settings(tmp_path):
+    train(TrainConfig.from_dict(settings(tmp_path)), tmp_path / "run", progress=False, max_steps=2)
+    with pytest.raises(ValueError, match="another learning_rate"):
+        Trainer(TrainConfig.from_dict(settings(tmp_path, learning_rate=1.0)), tmp_path / "run")
+    # More images are welcome.
+    longer = [{"images": 1280, "crop": 8, "batch": 16}]
+    Trainer(TrainConfig.from_dict(settings(tmp_path, stages=longer)), tmp_path / "run")
+
+
+def test_a_corrupt_checkpoint_says_so(tmp_path):
+    config = TrainConfig.from_dict(settings(tmp_path))
+    train(config, tmp_path / "run", progress=False, max_steps=2)
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="move it away"):
+        Trainer(config, tmp_path / "run")
+
+
+def test_init_starts_from_another_prior(tmp_path):
+    config = TrainConfig.from_dict(settings(tmp_path))
+    first = train(config, tmp_path / "first", progress=False, max_steps=5)
+    second = TrainConfig.from_dict(settings(tmp_path, init=str(tmp_path / "first" / "prior")))
+    trainer = Trainer(second, tmp_path / "second")
+    for a, b in zip(first.net.parameters(), trainer.net.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+class _ExactDenoiser(torch.nn.Module):
+    """The optimal F for pixels that are N(0, d^2) in truth and trained with sigma_data."""
+
+    def __init__(self, d, sigma_data, wrong=1.0):
+        super().__init__()
+        self.d, self.sigma_data, self.wrong = d, sigma_data, wrong
+
+    def forward(self, x, c_noise):
+        nsr = torch.exp(4 * c_noise.double())
+        skip, out, inner, _ = edm_coefficients(nsr, self.sigma_data)
+        gain = self.wrong * self.d**2 / (self.d**2 + nsr**2)
+        return ((gain - skip) / (inner * out))[:, None, None, None].float() * x
+
+
+def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance():
+    """E|D - x0|^2 = d^2 nu^2 / (d^2 + nu^2), in units of c_out^2, within 4 sigma of Monte Carlo."""
+    d, sigma_data, n = 0.5, 0.3, 400
+    generator = torch.Generator().manual_seed(0)
+    clean = d * torch.randn(n, 1, 8, 8, generator=generator)
+    noise = torch.randn(n, 1, 8, 8, generator=generator)
+    for level in (0.05, 0.5, 5.0):
+        nsr = torch.full((n,), level, dtype=torch.float64)
+        expected = d**2 * level**2 / (d**2 + level**2)
+        expected *= float(edm_coefficients(nsr[:1], sigma_data)[1]) ** -2
+        error = expected * np.sqrt(2 / (n * 64))
+        loss = denoising_loss(_ExactDenoiser(d, sigma_data), clean, nsr, noise, sigma_data)
+        assert abs(float(loss.mean()) - expected) < 4 * error
+        worse = denoising_loss(_ExactDenoiser(d, sigma_data, 0.8), clean, nsr, noise, sigma_data)
+        assert float(worse.mean()) > expected + 4 * error
+
+
+def test_noise_levels_follow_their_law():
+    law = NoiseLevels(log_mean=-1.0, log_std=0.5, flat=0.0, low=1e-4, high=1e2)
+    draws = noise_levels(law, 0, torch.arange(20000)).log()
+    assert abs(float(draws.mean()) + 1.0) < 4 * 0.5 / np.sqrt(20000)
+    assert abs(float(draws.std()) - 0.5) < 4 * 0.5 / np.sqrt(2 * 20000)
+
+
+def test_crops_are_a_function_of_their_number(tmp_path):
+    data = TrainConfig.from_dict(settings(tmp_path)).data
+    stream = CropStream(data, seed=3)
+    whole = stream.batch(0, 10, 8)
+    assert torch.equal(whole[4:7], stream.batch(4, 3, 8))
+    assert not torch.equal(whole, CropStream(data, seed=4).batch(0, 10, 8))
+
+
+def test_crops_use_every_symmetry_and_stay_in_their_ranges(tmp_path):
+    frame = np.zeros((1, 9, 9), np.float32)
+    frame[0, 0, 1] = 1.0  # its eight images are distinct
+    np.save(tmp_path / "corner.npy", frame)
+    stream = CropStream((DataConfig(str(tmp_path / "corner.npy"), gain=(0.5, 2.0)),), seed=0)
+    crops = stream.batch(0, 200, 9)[:, 0]
+    assert len({int(crop.argmax()) for crop in crops}) == 8
+    gains = crops.amax((1, 2))
+    assert 0.5 <= gains.min() < 0.6 and 1.8 < gains.max() <= 2.0
+
+
+def test_bad_settings_say_what_is_wrong(tmp_path):
+    good = settings(tmp_path)
+    with pytest.raises(ValueError, match="unknown setting lerning_rate"):
+        TrainConfig.from_dict({**good, "lerning_rate": 1})
+    with pytest.raises(ValueError, match="network is missing"):
+        TrainConfig.from_dict({k: v for k, v in good.items() if k != "network"})
+    with pytest.raises(ValueError, match="at or below 1"):
+        DataConfig("x.npy", zoom=(1.0, 2.0))
+    with pytest.raises(ValueError, match="got no data"):
+        TrainConfig.from_dict({**good, "data": []})
+    small = TrainConfig.from_dict({**good, "stages": [{"images": 16, "crop": 16, "batch": 16}]})
+    with pytest.raises(ValueError, match="crops of 16 pixels"):
+        train(small, tmp_path / "small", progress=False)
+
+
+def test_yaml_round_trip_and_relative_paths(tmp_path):
+    values = settings(tmp_path)
+    values["data"][0]["path"] = "blobs.npy"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    config = TrainConfig.from_yaml(tmp_path / "config.yaml")
+    assert config.data[0].path == str(tmp_path / "blobs.npy")
+    assert TrainConfig.from_dict(config.to_dict()) == config
