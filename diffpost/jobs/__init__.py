@@ -1,0 +1,1 @@
+"""The parts of a deconvolution job: its PSF, its target, its model and its output folder."""
