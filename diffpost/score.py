@@ -1,11 +1,12 @@
 r"""Score models: anything that can be sampled.
 
-At noise level t a distribution p(x_0) is seen through x_t = alpha x_0 + sigma z.  A score model knows the score
-grad log p_t(x) or, what is the same by Tweedie's formula (Robbins 1956; Efron 2011, equation 1.4), the denoiser
+At noise level t a distribution p(x_0) is seen through x_t = alpha x_0 + sigma z.  A score model knows
+the score grad log p_t(x) or, what is the same by Tweedie's formula (Robbins 1956; Efron 2011,
+equation 1.4), the denoiser
 
     D(x, t) = E[x_0 | x_t = x] = (x + sigma^2 score)/alpha,       score = (alpha D - x)/sigma^2.
 
-Its Jacobian J = dD/dx is the posterior covariance, Cov[x_0 | x_t] = sigma^2/alpha J, hence symmetric.
+Its Jacobian J = dD/dx gives the covariance, Cov[x_0 | x_t] = sigma^2/alpha J, hence is symmetric.
 Networks, the analytic distributions below and posteriors are score models.
 """
 
@@ -40,13 +41,14 @@ def denoiser_of_score(sde: SDE, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
 class ScoreModel(ABC):
     """A distribution of images known through its denoiser at every noise level.
 
-    Inputs are batches x (B, *shape) in model units and t, () or (B,).  Answers have the dtype of x, and
-    entry b depends on entry b alone.
+    Inputs are batches x (B, *shape) in model units and t, () or (B,).  Answers have the dtype of x,
+    and entry b depends on entry b alone.
 
     Attributes:
         sde: the forward process.
         shape: of one image.
-        scale, offset: x_physical = scale x_model + offset; floats, or tensors broadcastable to shape.
+        scale, offset: x_physical = scale x_model + offset; floats, or tensors broadcastable to
+            shape.
     """
 
     sde: SDE
@@ -75,8 +77,8 @@ class ScoreModel(ABC):
     def denoise_vjp(self, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The denoised batch and v -> J^T v, J = dD/dx, which may be called repeatedly.
 
-        Differentiable in x where autograd is recording and x requires a gradient (a posterior used as
-        a prior); otherwise nothing is recorded outside.
+        Differentiable in x where autograd is recording and x requires a gradient (a posterior used
+        as a prior); otherwise nothing is recorded outside.
         """
         nested = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
@@ -139,8 +141,8 @@ class ScoreModel(ABC):
         shape = tuple(int(side) for side in shape)
         if shape != self.shape:
             raise ValueError(
-                f"{type(self).__name__}.with_shape({shape}): the model is tied to the shape {self.shape}; "
-                "make one of the other shape."
+                f"{type(self).__name__}.with_shape({shape}): the model is tied to the shape "
+                f"{self.shape}; make one of the other shape."
             )
         return copy.copy(self)
 
@@ -171,6 +173,5 @@ def _check_affine(name: str, value: float | Tensor, shape: tuple[int, ...]) -> N
     else:
         good = math.isfinite(value) and (name == "offset" or value != 0)
     if not good:
-        raise ValueError(
-            f"got {name} = {value}; expected finite numbers{'' if name == 'offset' else ', not zero'}"
-        )
+        wanted = "finite" if name == "offset" else "finite and not zero"
+        raise ValueError(f"got {name} = {value}; expected {wanted}")

@@ -8,10 +8,10 @@ with t = 0 clean.  The schedules alpha and sigma are what is chosen; drift and d
 
     f = d log(alpha)/dt,        g^2 = d sigma^2/dt - 2 f sigma^2
 
-(Song et al. 2021, arXiv:2011.13456, equations 29-33; Karras et al. 2022, arXiv:2206.00364, appendix B).  Divided by
-alpha, every process is u = x_0 + nsr z with nsr = sigma/alpha, the noise-to-signal ratio: processes differ
-only in how they label noise levels by t and how they scale x.  Grids are therefore laid out in nsr.
-Schedules are meant for float64: nsr spans several decades, and t near an end of its range does not
+(Song et al. 2021, arXiv:2011.13456, equations 29-33; Karras et al. 2022, arXiv:2206.00364,
+appendix B).  Divided by alpha, every process is u = x_0 + nsr z with nsr = sigma/alpha, the
+noise-to-signal ratio: processes differ only in how they label noise levels by t and how they scale
+x.  Grids are therefore laid out in nsr.  Schedules are meant for float64: nsr spans several decades, and t near an end of its range does not
 resolve them in float32.
 """
 
@@ -42,8 +42,8 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
         return t.to(x.dtype) if t.device.type == "cpu" else t.to(device=x.device, dtype=x.dtype)
     if t.ndim != 1 or t.shape[0] != x.shape[0]:
         raise ValueError(
-            f"got a time or schedule of shape {tuple(t.shape)} for a batch of shape {tuple(x.shape)}; "
-            f"expected () or ({x.shape[0] if x.ndim else 'B'},)"
+            f"got a time or schedule of shape {tuple(t.shape)} for a batch of shape "
+            f"{tuple(x.shape)}; expected () or ({x.shape[0] if x.ndim else 'B'},)"
         )
     return t.to(device=x.device, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
@@ -57,8 +57,8 @@ def as_time(t: Tensor | float, x: Tensor) -> Tensor:
 class SDE(ABC):
     """A forward process x_t = alpha(t) x_0 + sigma(t) z on t_min <= t <= t_max.
 
-    Schedules take t of any shape and answer in its shape, dtype and device.  Processes are immutable
-    and compare by value.
+    Schedules take t of any shape and answer in its shape, dtype and device.  Processes are
+    immutable and compare by value.
     """
 
     @property
@@ -146,8 +146,8 @@ class SDE(ABC):
         slack = 1e-9  # a limit that went through t_of_nsr comes back with round-off
         if not (lowest * (1 - slack) <= low < high <= highest * (1 + slack)):
             raise ValueError(
-                f"time_grid(nsr_min={nsr_min}, nsr_max={nsr_max}): expected nsr_min < nsr_max within "
-                f"{lowest:g} to {highest:g}, the noise-to-signal ratios of {self}. "
+                f"time_grid(nsr_min={nsr_min}, nsr_max={nsr_max}): expected nsr_min < nsr_max "
+                f"within {lowest:g} to {highest:g}, the noise-to-signal ratios of {self}. "
                 "Choose other ends, or a process with a wider range."
             )
         w = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -224,9 +224,10 @@ class VE(SDE):
 @final
 @dataclass(frozen=True)
 class VP(SDE):
-    """Variance preserving: alpha = exp(-I/2), sigma^2 = 1 - alpha^2, I = beta_min t + (beta_max - beta_min) t^2/2.
+    """Variance preserving: alpha = exp(-I/2), sigma^2 = 1 - alpha^2, I the integral of beta(t).
 
-    Song et al. 2021, arXiv:2011.13456, equations 32-33, with beta(t) linear in t; score_models' VPSDE.
+    beta(t) = beta_min + (beta_max - beta_min) t, Song et al. 2021, arXiv:2011.13456, equations
+    32-33; score_models' VPSDE.
 
     Args:
         beta_min, beta_max: beta at t = 0 and t = 1.
@@ -285,8 +286,9 @@ class VP(SDE):
 class TSVE(SDE):
     """Truncated scaled variance exploding, as in score_models 0.5.11.
 
-    log(alpha) = -beta r(t/T - t_star), sigma = alpha sigma_min (sigma_max/sigma_min)^(t/T): the process VE
-    until t_star, from where x shrinks so that its noise grows more slowly, or not at all. sigma/alpha is that of VE.
+    log(alpha) = -beta r(t/T - t_star), sigma = alpha sigma_min (sigma_max/sigma_min)^(t/T), with r the
+    positive part: the process VE until t_star, from where x shrinks so that its noise grows more
+    slowly, or not at all. sigma/alpha is that of VE.
 
     Args:
         sigma_min, sigma_max: noise-to-signal ratio at t = 0 and t = T.
@@ -299,8 +301,8 @@ class TSVE(SDE):
         sharpness: k (score_models' `alpha`).
 
     Raises:
-        ValueError: unless 0 < sigma_min < sigma_max, 0 <= t_min < T, 0 <= t_star, 0 <= beta and sharpness > 0, or for
-            another ramp.
+        ValueError: unless 0 < sigma_min < sigma_max, 0 <= t_min < T, 0 <= t_star, 0 <= beta and
+            sharpness > 0, or for another ramp.
     """
 
     sigma_min: float = 1e-2
@@ -365,7 +367,7 @@ class TSVE(SDE):
         return (nsr.log() - math.log(self.sigma_min)) / self._rate
 
     def t_of_sigma(self, sigma: Tensor) -> Tensor:
-        """The time at which the noise has standard deviation `sigma`, between sigma(t_min) and sigma(t_max).
+        """The time at which the noise is `sigma`, from sigma(t_min) to sigma(t_max).
 
         Raises:
             ValueError: sigma(t) does not increase throughout (beta too large), so there may be two.
@@ -460,7 +462,7 @@ def _check_increasing(sde: SDE, low: str, high: str, *, positive: bool) -> None:
 
 
 def _bisect(f: Callable[[Tensor], Tensor], value: Tensor, low: float, high: float) -> Tensor:
-    """t with f(t) = value for an increasing f, to the last bit of float64; ends outside [f(low), f(high)]."""
+    """t with f(t) = value for an increasing f; an end for values outside [f(low), f(high)]."""
     target = value.to(torch.float64)
     a, b = torch.full_like(target, low), torch.full_like(target, high)
     for _ in range(60):
