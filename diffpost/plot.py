@@ -247,8 +247,8 @@ def _norm(
         return ImageNormalize(
             vmin=like.vmin * factor, vmax=like.vmax * factor, stretch=AsinhStretch(like.stretch.a)
         )
-    assert_image = np.asarray(image)
-    finite = assert_image[np.isfinite(assert_image)]
+    values = np.asarray(image)
+    finite = values[np.isfinite(values)]
     top = float(np.percentile(finite, 99.95)) if finite.size else 1.0
     if positive:
         low = max(float(np.percentile(finite, 5)), 0.0) if finite.size else 0.0

@@ -8,7 +8,7 @@ K x K therefore moves a position p (in pixels, along one axis) to
 
 which is what `regrid_header` does to CRPIX, while the matrix (CD, or CDELT next to PC or CROTA)
 shrinks by K and the SIP polynomial A_pq u^p v^q scales as K^(1 - p - q).  Images are flux per pixel;
-surface brightness (per solid angle) is the exception that `is_surface_brightness` finds out.
+surface brightness (per solid angle) is the exception that `diffpost.io.units` finds out.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from astropy.wcs import WCS, FITSFixedWarning
 from astropy.wcs.utils import proj_plane_pixel_scales
 from numpy.typing import NDArray
 
+from diffpost.io.units import is_logarithmic, parse_unit
+
 __all__ = [
     "FitsImage",
-    "is_surface_brightness",
-    "parse_unit",
+    "north_east",
     "pixel_scale",
     "read_image",
     "regrid_header",
@@ -41,16 +42,6 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-# What instruments write and astropy does not read.
-_UNIT_WORDS = (
-    (r"\belectrons\b", "electron"),
-    (r"\bcounts\b", "count"),
-    (r"\bphotons\b", "photon"),
-    (r"\b(seconds|second|sec)\b", "s"),
-    (r"\bdn\b", "DN"),
-    (r"\b(pixels|pixel)\b", "pix"),
-    (r"\be-(?=/|\s|$)", "electron "),
-)
 # Cards that describe the file read, not the map written.
 _STRUCTURE = {
     "SIMPLE", "XTENSION", "BITPIX", "EXTEND", "PCOUNT", "GCOUNT", "GROUPS", "BSCALE", "BZERO",
@@ -167,16 +158,12 @@ def read_image(
     if unit is None:
         notes.append(f"{path.name} states no units (BUNIT): the maps will have none either")
     else:
-        parsed = parse_unit(unit)
-        if parsed is None:
+        if parse_unit(unit) is None:
             notes.append(
                 f"{path.name}: the unit BUNIT = {unit!r} is unknown; it is kept as it is and the "
                 "image is taken as linear flux per pixel"
             )
-        elif isinstance(parsed, units.LogUnit | units.function.FunctionUnitBase) or parsed in (
-            units.mag,
-            units.dex,
-        ):
+        elif is_logarithmic(unit):
             raise ValueError(
                 f"{path}: BUNIT = {unit!r} is logarithmic; expected an image that is linear in flux"
             )
@@ -258,53 +245,6 @@ def _drop_axes(header: fits.Header) -> fits.Header:
     return out
 
 
-# Units ----------------------------------------------------------------------------------------
-
-
-def parse_unit(text: str) -> Any:
-    """The astropy unit that BUNIT spells, None when nobody knows it."""
-    tries = [text]
-    words = text
-    for pattern, word in _UNIT_WORDS:
-        words = re.sub(pattern, word, words, flags=re.IGNORECASE)
-    # Headers in capitals mean seconds by S, not siemens.
-    if text.isupper():
-        words = re.sub(r"(?<=[/ ])S\b", "s", words)
-        tries.insert(0, words.strip())
-    tries.append(words.strip())
-    for candidate in tries:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", units.UnitsWarning)
-            try:
-                return units.Unit(candidate)
-            except (ValueError, TypeError):
-                continue
-    return None
-
-
-def is_surface_brightness(text: str | None) -> bool:
-    """Whether a unit is per solid angle, so that splitting a pixel leaves its value alone."""
-    unit = None if text is None else parse_unit(text)
-    if unit is None or not hasattr(unit, "decompose"):
-        return False
-    try:
-        parts = unit.decompose()
-    except units.UnitsError:
-        return False
-    return any(
-        base == units.rad and power == -2
-        for base, power in zip(parts.bases, parts.powers, strict=True)
-    )
-
-
-def is_electron_rate(text: str | None) -> bool:
-    """Whether a unit is electrons per second, for which Poisson noise follows from EXPTIME."""
-    unit = None if text is None else parse_unit(text)
-    if unit is None:
-        return False
-    return unit in (units.electron / units.s, units.electron / units.s / units.pix)
-
-
 # World coordinates ------------------------------------------------------------------------------
 
 
@@ -352,6 +292,33 @@ def sky_to_pixel(header: fits.Header, ra: str | float, dec: str | float) -> tupl
     if not (np.isfinite(x) and np.isfinite(y)):
         raise ValueError(f"the position {ra} {dec} is not on the image's projection")
     return float(x), float(y)
+
+
+def north_east(
+    header: fits.Header, shape: tuple[int, ...]
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Unit vectors (x, y) in pixels towards north and east at the middle of an image, or None."""
+    from astropy.coordinates import SkyCoord
+
+    wcs = _wcs(header)
+    if not wcs.has_celestial:
+        return None
+    wcs = wcs.celestial
+    x, y = (shape[1] - 1) / 2, (shape[0] - 1) / 2
+    middle = wcs.pixel_to_world(x, y)
+    if not isinstance(middle, SkyCoord):
+        return None
+    out = []
+    for angle in (0.0, 90.0):
+        px, py = wcs.world_to_pixel(
+            middle.directional_offset_by(angle * units.deg, 1.0 * units.arcsec)
+        )
+        step = np.array([float(px) - x, float(py) - y])
+        norm = float(np.hypot(*step))
+        if not (np.isfinite(norm) and norm > 0):
+            return None
+        out.append((float(step[0] / norm), float(step[1] / norm)))
+    return out[0], out[1]
 
 
 def regrid_header(header: fits.Header, *, x0: int = 0, y0: int = 0, factor: int = 1) -> fits.Header:

@@ -25,12 +25,11 @@ from scipy.ndimage import gaussian_filter
 from diffpost.io.fits import (
     FitsImage,
     cutout_corner,
-    is_electron_rate,
-    is_surface_brightness,
     read_image,
     regrid_header,
     sky_to_pixel,
 )
+from diffpost.io.units import is_electron_rate, is_surface_brightness
 from diffpost.jobs.psf import Psf, oversampling_of, prepare_psf
 from diffpost.jobs.target import Scene, infer_scale, read_scene, sky_noise
 
@@ -206,7 +205,7 @@ def prepare(
     scene = read_scene(around, (x - wx, y - wy), background=background)
     notes += scene.notes
 
-    given, report = _noise(noise, whole, (wx, wy, around.shape), around, scene, exptime, notes)
+    given, report = _noise(noise, whole, (wx, wy), around, scene, exptime, notes)
     inner = _window(x0 - wx, y0 - wy, width, height)
     level = inner(scene.background, 0.0)
     std = inner(given, np.inf)
@@ -374,27 +373,26 @@ def _window(x0: int, y0: int, width: int, height: int) -> Any:
 def _noise(
     noise: float | ImageLike | None,
     image: FitsImage,
-    window: tuple[int, int, tuple[int, ...]],
+    corner: tuple[int, int],
     around: Array,
     scene: Scene,
     exptime: float | None,
     notes: list[str],
 ) -> tuple[Array, dict[str, Any]]:
     """Standard deviation of every pixel of the window; inf where it says that there is no data."""
-    wx, wy, shape = window
-    h, w = shape
+    shape = around.shape
     if isinstance(noise, int | float) and not isinstance(noise, bool):
         if not (math.isfinite(noise) and noise > 0):
             raise ValueError(f"got a noise of {noise}; expected a positive standard deviation")
         notes.append(f"noise: {noise:.4g} per pixel everywhere, as given")
         return np.full(shape, float(noise)), {"noise": {"source": "given", "std": float(noise)}}
     if noise is not None:
-        return _noise_map(_image(noise, "noise map"), image, window, notes)  # type: ignore[arg-type]
+        return _noise_map(_image(noise, "noise map"), image, corner, around.shape, notes)  # type: ignore[arg-type]
     if not image.path.startswith("<"):
         found = _noise_hdu(image)
         if found is not None:
             notes.append(f"noise: extension {found.hdu} of the image")
-            return _noise_map(found, image, window, notes)
+            return _noise_map(found, image, corner, around.shape, notes)
     for key in _NOISE_CARDS:
         value = image.header.get(key)
         if isinstance(value, int | float) and math.isfinite(value) and value > 0:
@@ -452,10 +450,11 @@ def _noise_hdu(image: FitsImage) -> FitsImage | None:
 def _noise_map(
     noise: FitsImage,
     image: FitsImage,
-    window: tuple[int, int, tuple[int, ...]],
+    corner: tuple[int, int],
+    shape: tuple[int, ...],
     notes: list[str],
 ) -> tuple[Array, dict[str, Any]]:
-    wx, wy, (h, w) = window[0], window[1], window[2]
+    (wx, wy), (h, w) = corner, shape
     if noise.data.shape != image.data.shape:
         raise ValueError(
             f"the noise map {noise.path} has {noise.data.shape[1]} x {noise.data.shape[0]} pixels and "

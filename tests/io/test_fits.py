@@ -11,15 +11,13 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from diffpost.io.fits import (
-    is_electron_rate,
-    is_surface_brightness,
-    parse_unit,
     read_image,
     regrid_header,
     sky_to_pixel,
     write_cube,
     write_map,
 )
+from diffpost.io.units import is_electron_rate, is_surface_brightness, parse_unit
 
 
 def base_header(kind: str) -> fits.Header:
