@@ -119,9 +119,9 @@ def summary(
     norm = _norm(np.where(seen, data, np.nan), noise)
     model_norm = _norm(None, None, like=norm, factor=ratio**2)
 
-    figure = _figure(15.2, 8.55)
+    figure = _figure(15.2, 9.0)
     grid = figure.add_gridspec(
-        2, 4, left=0.016, right=0.984, top=0.865, bottom=0.055, wspace=0.09, hspace=0.2
+        2, 4, left=0.014, right=0.986, top=0.875, bottom=0.018, wspace=0.045, hspace=0.225
     )
     axes = [[figure.add_subplot(grid[i, j]) for j in range(4)] for i in range(2)]
     flux_label = f"{unit} per pixel" if unit else "flux per pixel"
@@ -175,9 +175,9 @@ def summary(
     if header is not None:
         _compass(axes[0][0], header, data.shape)
     if title:
-        figure.text(0.016, 0.955, title, fontsize=19, color=_INK, weight="bold", va="center")
+        figure.text(0.014, 0.962, title, fontsize=19, color=_INK, weight="bold", va="center")
     if subtitle:
-        figure.text(0.016, 0.916, subtitle, fontsize=11.5, color="#55555f", va="center")
+        figure.text(0.014, 0.924, subtitle, fontsize=11.5, color="#55555f", va="center")
     _write(figure, path, dpi=130)
     return figure
 
@@ -287,14 +287,14 @@ def _ticks(norm: ImageNormalize) -> list[float]:
 def _bar(
     figure: Figure, ax: Axes, shown: Any, label: str, ticks: list[float] | None = None
 ) -> None:
-    place = ax.inset_axes((0.0, -0.05, 1.0, 0.028))
+    place = ax.inset_axes((0.0, -0.045, 1.0, 0.026))
     bar = figure.colorbar(shown, cax=place, orientation="horizontal")
     values = _ticks(shown.norm) if ticks is None else ticks
     bar.set_ticks(values, labels=[f"{v:g}" for v in values])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8.5, length=2, colors=_INK, pad=2)
     bar.outline.set_linewidth(0.5)
-    bar.set_label(label, fontsize=8.5, color="#55555f", labelpad=1)
+    bar.set_label(label, fontsize=8.5, color="#55555f", labelpad=0.5)
 
 
 def _name(ax: Axes, name: str) -> None:
@@ -376,7 +376,7 @@ def _stroke() -> list[Any]:
 
 
 def _compass(ax: Axes, header: Header, shape: tuple[int, ...]) -> None:
-    """North and east, from the celestial WCS, in the lower right corner."""
+    """North and east, from the celestial WCS, in the upper right corner."""
     from diffpost.io.fits import north_east
 
     directions = north_east(header, shape)
@@ -385,9 +385,9 @@ def _compass(ax: Axes, header: Header, shape: tuple[int, ...]) -> None:
     h, w = shape
     length = 0.085 * w
     north, east = (np.asarray(d) * length for d in directions)
-    # The corner of the cross sits such that both arrows stay inside.
-    cx = 0.95 * w - max(0.0, north[0], east[0]) - 0.02 * w
-    cy = 0.06 * h - min(0.0, north[1], east[1]) + 0.01 * h
+    # The foot of the arrows sits such that both stay inside.
+    cx = 0.95 * w - 1.45 * max(0.0, north[0], east[0])
+    cy = 0.95 * h - 1.45 * max(0.0, north[1], east[1])
     for name, arrow in (("N", north), ("E", east)):
         ax.annotate(
             "",
