@@ -1,0 +1,1 @@
+"""Reading and writing: FITS images, training images, checkpoints, samples."""

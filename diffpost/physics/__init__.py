@@ -1,0 +1,1 @@
+"""Operators of real instruments and skies: grids, lenses, point spread functions, visibilities."""

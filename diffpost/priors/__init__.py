@@ -1,0 +1,1 @@
+"""Shipped priors, a folder each: `weights.safetensors`, `card.json` and the `config.yaml` that made them."""
