@@ -59,15 +59,28 @@ def noise_levels(config: NoiseLevels, seed: int, numbers: Tensor) -> Tensor:
 
 
 def denoising_loss(
-    net: nn.Module, clean: Tensor, nsr: Tensor, noise: Tensor, sigma_data: float
+    net: nn.Module,
+    clean: Tensor,
+    nsr: Tensor,
+    noise: Tensor,
+    sigma_data: float,
+    *,
+    middle: int | None = None,
 ) -> Tensor:
-    """Weighted denoising error of each image, (B,): 1 is what predicting from c_skip alone costs."""
+    """Weighted denoising error of each image, (B,): 1 is what predicting from c_skip alone costs.
+
+    `middle` counts the error in a central square of that side only.
+    """
     c_skip, c_out, c_in, c_noise = edm_coefficients(nsr, sigma_data)
     shape = (-1, *[1] * (clean.ndim - 1))
     disturbed = clean.double() + nsr.view(shape) * noise.double()
     target = (clean.double() - c_skip.view(shape) * disturbed) / c_out.view(shape)
     output = net((c_in.view(shape) * disturbed).float(), c_noise.float())
-    return (output.float() - target.float()).square().flatten(1).mean(1)
+    error = (output.float() - target.float()).square()
+    if middle is not None:
+        top, left = ((side - middle) // 2 for side in error.shape[-2:])
+        error = error[..., top : top + middle, left : left + middle]
+    return error.flatten(1).mean(1)
 
 
 @final
