@@ -11,8 +11,8 @@ with t = 0 clean.  The schedules alpha and sigma are what is chosen; drift and d
 (Song et al. 2021, arXiv:2011.13456, equations 29-33; Karras et al. 2022, arXiv:2206.00364,
 appendix B).  Divided by alpha, every process is u = x_0 + nsr z with nsr = sigma/alpha, the
 noise-to-signal ratio: processes differ only in how they label noise levels by t and how they scale
-x.  Grids are therefore laid out in nsr.  Schedules are meant for float64: nsr spans several decades, and t near an end of its range does not
-resolve them in float32.
+x.  Grids are therefore laid out in nsr.  Schedules are meant for float64: nsr spans several
+decades, and t near an end of its range does not resolve them in float32.
 """
 
 from __future__ import annotations
@@ -286,9 +286,9 @@ class VP(SDE):
 class TSVE(SDE):
     """Truncated scaled variance exploding, as in score_models 0.5.11.
 
-    log(alpha) = -beta r(t/T - t_star), sigma = alpha sigma_min (sigma_max/sigma_min)^(t/T), with r the
-    positive part: the process VE until t_star, from where x shrinks so that its noise grows more
-    slowly, or not at all. sigma/alpha is that of VE.
+    log(alpha) = -beta r(t/T - t_star), sigma = alpha sigma_min (sigma_max/sigma_min)^(t/T), with r
+    the positive part: the process VE until t_star, from where x shrinks so that its noise grows
+    more slowly, or not at all. sigma/alpha is that of VE.
 
     Args:
         sigma_min, sigma_max: noise-to-signal ratio at t = 0 and t = T.
@@ -445,7 +445,8 @@ def sde_from_dict(values: Mapping[str, Any]) -> SDE:
     """
     given = dict(values)
     name = given.pop("name", None)
-    cls: type[SDE] | None = {"VE": VE, "VP": VP, "TSVE": TSVE, "EDM": EDM}.get(str(name))
+    classes: dict[str, type[SDE]] = {"VE": VE, "VP": VP, "TSVE": TSVE, "EDM": EDM}
+    cls = classes.get(str(name))
     if cls is None:
         raise ValueError(f"got a process named {name!r}; expected 'VE', 'VP', 'TSVE' or 'EDM'")
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
