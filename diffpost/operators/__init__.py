@@ -1,0 +1,1 @@
+"""The operators behind :mod:`diffpost.operator`, where they are imported from."""
