@@ -87,14 +87,32 @@ def _root(
 
 # Options that deconvolve and demo share.
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the results.")]
-Prior = Annotated[str, typer.Option(help="Name of a shipped prior, or a folder.")]
-Draws = Annotated[int, typer.Option("--samples", "-n", min=1, help="Posterior draws.")]
-Seed = Annotated[int, typer.Option(help="Seed: the same seed gives the same draws.")]
+Prior = Annotated[
+    str, typer.Option(help="Name of a shipped prior, or a folder.", rich_help_panel="Inference")
+]
+Draws = Annotated[
+    int,
+    typer.Option("--samples", "-n", min=1, help="Posterior draws.", rich_help_panel="Inference"),
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed: the same seed gives the same draws.", rich_help_panel="Inference")
+]
 Steps = Annotated[
-    int | None, typer.Option(min=2, help="Noise levels of the sampler; default: the library's.")
+    int | None,
+    typer.Option(
+        min=2,
+        help="Noise levels of the sampler; default: the library's.",
+        rich_help_panel="Inference",
+    ),
 ]
 Batch = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Draws computed together; changes no draw.")
+    int,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Draws computed together; changes no draw.",
+        rich_help_panel="Inference",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")]
 Overwrite = Annotated[
@@ -116,18 +134,27 @@ Overwrite = Annotated[
 )
 def deconvolve(
     image: Annotated[Path, typer.Argument(help="FITS image, linear in flux.", show_default=False)],
-    psf: Annotated[Path, typer.Option(help="FITS image of a star or a PSF.", show_default=False)],
+    psf: Annotated[
+        Path,
+        typer.Option(
+            help="FITS image of a star or a PSF.", show_default=False, rich_help_panel="PSF"
+        ),
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the results.", show_default=False)
     ],
     noise: Annotated[
         Path | None,
-        typer.Option(help="FITS map of the standard deviation; inf and NaN mask pixels."),
+        typer.Option(
+            help="FITS map of the standard deviation; inf and NaN mask pixels.",
+            rich_help_panel="Noise",
+        ),
     ] = None,
     noise_std: Annotated[
         float | None,
         typer.Option(
-            help="Standard deviation of every pixel. Neither: from the header or the sky."
+            help="Standard deviation of every pixel. Neither: from the header or the sky.",
+            rich_help_panel="Noise",
         ),
     ] = None,
     cutout: Annotated[
@@ -135,15 +162,25 @@ def deconvolve(
         typer.Option(
             metavar="X,Y,SIZE",
             help="Centre (pixels from 0; DS9 counts from 1) and width in pixels.",
+            rich_help_panel="Target",
         ),
     ] = None,
     center: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="RA DEC", help="Centre in degrees, or 00:14:20.0 -30:23:16."),
+        typer.Option(
+            metavar="RA DEC",
+            help="Centre in degrees, or 00:14:20.0 -30:23:16.",
+            rich_help_panel="Target",
+        ),
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Width of the cutout in pixels.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Width of the cutout in pixels.", rich_help_panel="Target")
+    ] = None,
     oversample: Annotated[
-        int, typer.Option(min=1, help="Model pixels per image pixel, along a side.")
+        int,
+        typer.Option(
+            min=1, help="Model pixels per image pixel, along a side.", rich_help_panel="Target"
+        ),
     ] = 1,
     prior: Prior = "galaxies-64",
     samples: Draws = 16,
@@ -152,34 +189,63 @@ def deconvolve(
     batch_size: Batch = _BATCH,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    hdu: Annotated[str | None, typer.Option(help="HDU of the image, number or name.")] = None,
-    plane: Annotated[int | None, typer.Option(help="Image of a cube, from 0.")] = None,
-    psf_plane: Annotated[int | None, typer.Option(help="Image of a PSF cube, from 0.")] = None,
+    hdu: Annotated[
+        str | None, typer.Option(help="HDU of the image, number or name.", rich_help_panel="Target")
+    ] = None,
+    plane: Annotated[
+        int | None, typer.Option(help="Image of a cube, from 0.", rich_help_panel="Target")
+    ] = None,
+    psf_plane: Annotated[
+        int | None, typer.Option(help="Image of a PSF cube, from 0.", rich_help_panel="PSF")
+    ] = None,
     psf_oversample: Annotated[
         float | None,
-        typer.Option(help="PSF pixels per image pixel; default: from the headers."),
+        typer.Option(
+            help="PSF pixels per image pixel; default: from the headers.", rich_help_panel="PSF"
+        ),
     ] = None,
     psf_background: Annotated[
         float | None,
-        typer.Option(help="Sky in the PSF image; default: median of its border if significant."),
+        typer.Option(
+            help="Sky in the PSF image; default: median of its border if significant.",
+            rich_help_panel="PSF",
+        ),
     ] = None,
     keep_psf_center: Annotated[
         bool,
-        typer.Option("--keep-psf-center", help="Do not move the PSF's centroid to its centre."),
+        typer.Option(
+            "--keep-psf-center",
+            help="Do not move the PSF's centroid to its centre.",
+            rich_help_panel="PSF",
+        ),
     ] = False,
     background: Annotated[
-        str, typer.Option(help="What to subtract as sky: smooth, constant or none.")
+        str,
+        typer.Option(
+            help="What to subtract as sky: smooth, constant or none.", rich_help_panel="Target"
+        ),
     ] = "smooth",
     keep_neighbours: Annotated[
-        bool, typer.Option("--keep-neighbours", help="Model the neighbours, do not mask them.")
+        bool,
+        typer.Option(
+            "--keep-neighbours",
+            help="Model the neighbours, do not mask them.",
+            rich_help_panel="Target",
+        ),
     ] = False,
     exptime: Annotated[
         float | None,
-        typer.Option(help="Exposure time (s) for the Poisson noise of images in electrons/s."),
+        typer.Option(
+            help="Exposure time (s) for the Poisson noise of images in electrons/s.",
+            rich_help_panel="Noise",
+        ),
     ] = None,
     scale: Annotated[
         float | None,
-        typer.Option(help="Flux per model pixel that the prior calls 1; default: inferred."),
+        typer.Option(
+            help="Flux per model pixel that the prior calls 1; default: inferred.",
+            rich_help_panel="Target",
+        ),
     ] = None,
 ) -> None:
     """Posterior samples of the image behind IMAGE: blur and noise taken out, uncertainty kept."""
