@@ -112,9 +112,7 @@ class CropStream:
         which, index, zoomed, x, y, centred, turn, gained = draws
         source = int(np.searchsorted(self._edges, which, side="right"))
         config, images = self.configs[source], self.images[source]
-        frame = torch.from_numpy(
-            np.ascontiguousarray(images[int(index * len(images))], dtype=np.float32)
-        )
+        frame = torch.tensor(images[int(index * len(images))], dtype=torch.float32)
         frame = self._shrink(frame, size, config, zoomed)
         height, width = frame.shape[-2:]
         top = self._corner(height - size, config, centred, y)

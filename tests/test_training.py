@@ -69,12 +69,14 @@ def one_thread():
 
 def test_training_learns_and_writes_what_it_promises(tmp_path):
     out = tmp_path / "run"
-    prior = train(TrainConfig.from_dict(settings(tmp_path)), out, progress=False)
+    stages = [{"images": 1920, "crop": 8, "batch": 16}]
+    config = TrainConfig.from_dict(settings(tmp_path, stages=stages, learning_rate=5e-3))
+    prior = train(config, out, progress=False)
     trace = [loss for _, loss in losses(out)]
-    assert len(trace) == 40
-    assert np.mean(trace[-10:]) < 0.7 * np.mean(trace[:5])
+    assert len(trace) == 120
+    assert np.mean(trace[-20:]) < 0.6 * np.mean(trace[:5])
     assert prior.card["data"] == "blobs"
-    assert prior.card["training"]["images_seen"] == 640
+    assert prior.card["training"]["images_seen"] == 1920
     assert prior.card["training"]["heldout_loss"]["0.1"] < 1
     from diffpost.io.checkpoints import load_prior
 
@@ -199,8 +201,10 @@ def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance():
         error = expected * np.sqrt(2 / (n * 64))
         loss = denoising_loss(_ExactDenoiser(d, sigma_data), clean, nsr, noise, sigma_data)
         assert abs(float(loss.mean()) - expected) < 4 * error
-        worse = denoising_loss(_ExactDenoiser(d, sigma_data, 0.8), clean, nsr, noise, sigma_data)
-        assert float(worse.mean()) > expected + 4 * error
+        if level < 1:  # Control; at high noise a smaller gain hardly matters.
+            wrong = _ExactDenoiser(d, sigma_data, 0.5)
+            worse = denoising_loss(wrong, clean, nsr, noise, sigma_data)
+            assert float(worse.mean()) > expected + 4 * error
 
 
 def test_noise_levels_follow_their_law():
