@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from diffpost._version import __version__
-from diffpost.score import ScoreModel
+from diffpost.score import GaussianMixtureScore, GaussianScore, ScoreModel
 from diffpost.sde import EDM, SDE, TSVE, VE, VP
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ __all__ = [
     "TSVE",
     "VE",
     "VP",
+    "GaussianMixtureScore",
+    "GaussianScore",
     "ScoreModel",
     "__version__",
     "diagnostics",

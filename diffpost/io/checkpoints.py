@@ -1,0 +1,254 @@
+r"""Priors on disk.
+
+A prior is a folder of two files:
+
+    weights.safetensors     the network's tensors by name; float16 or float32, computed with in float32
+    card.json               what they are: the network's configuration, the head, the process, the size of an
+                            image, the map to physical units, and whatever else its maker wants to tell
+
+The head says how the network becomes a score: "edm" is `NetworkScore` (Karras et al. 2022,
+arXiv:2206.00364), "sigma" is `SigmaHeadScore`, net(t, x)/sigma(t).  Neither file can run code, and each is
+replaced in one step, so that a kill leaves the old one or the new one.  Folders that score_models wrote
+are read too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpost.io.score_models_folder import (
+    is_score_models_folder,
+    load_state,
+    read_score_models_folder,
+)
+from diffpost.networks import build_network
+from diffpost.networks.precondition import NetworkScore
+from diffpost.networks.score_models import SigmaHeadScore
+from diffpost.score import ScoreModel
+from diffpost.sde import sde_from_dict
+
+__all__ = ["load_prior", "save_prior", "shipped_priors"]
+
+_WEIGHTS, _CARD = "weights.safetensors", "card.json"
+_FORMAT = 1
+_REQUIRED = ("format", "head", "network", "sde", "shape", "scale", "offset")
+_STRUCTURE = (*_REQUIRED, "sigma_data", "stride")
+
+
+def shipped_priors() -> list[str]:
+    """Names of the priors in the package."""
+    folder = _shipped_folder()
+    return (
+        sorted(p.name for p in folder.iterdir() if (p / _CARD).is_file()) if folder.is_dir() else []
+    )
+
+
+def _shipped_folder() -> Path:
+    return Path(str(resources.files("diffpost.priors")))
+
+
+def save_prior(
+    directory: str | os.PathLike[str],
+    model: NetworkScore | SigmaHeadScore,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a prior to a folder, made when missing; an old prior there is replaced.
+
+    Args:
+        directory: the folder.
+        model: its `card` becomes part of card.json.
+        dtype: of the stored weights, float32 or float16, which halves the file and costs three digits.
+
+    Raises:
+        ValueError: a model of another class or of a network without a configuration, a card that is not plain
+            JSON or uses a name of ours, weights that are not finite in `dtype`, another dtype.
+        OSError: the folder cannot be written, or the disk is full; a file that was there stays.
+    """
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"save_prior(dtype={dtype}): expected torch.float32 or torch.float16")
+    if not isinstance(model, NetworkScore | SigmaHeadScore):
+        raise ValueError(
+            f"save_prior: got a {type(model).__name__}; only networks are saved "
+            "(NetworkScore, SigmaHeadScore)"
+        )
+    network = getattr(model.net, "config", None)
+    if network is None:
+        raise ValueError(
+            f"save_prior: the network {type(model.net).__name__} has no `config` to build it from again; "
+            "use one that build_network makes"
+        )
+    taken = sorted(set(model.card) & set(_STRUCTURE))
+    if taken:
+        raise ValueError(f"save_prior: the card may not use the name {', '.join(taken)}; rename it")
+    card: dict[str, Any] = {
+        "format": _FORMAT,
+        "head": "edm" if isinstance(model, NetworkScore) else "sigma",
+        "network": network,
+        "sde": model.sde.to_dict(),
+        "shape": list(model.shape),
+        "stride": model.stride,
+        "scale": _plain(model.scale),
+        "offset": _plain(model.offset),
+    }
+    if isinstance(model, NetworkScore):
+        card["sigma_data"] = model.sigma_data
+    try:
+        text = json.dumps({**card, **model.card}, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_prior: the card is not plain JSON: {error}") from error
+    tensors = {}
+    for key, value in model.net.state_dict().items():
+        stored = value.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+        if not bool(stored.isfinite().all()):
+            raise ValueError(f"save_prior: {key} is not finite in {dtype}")
+        tensors[key] = stored
+
+    from safetensors.torch import save
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / _WEIGHTS, save(tensors))
+    _replace(folder / _CARD, f"{text}\n".encode())
+
+
+def load_prior(
+    name_or_dir: str | os.PathLike[str],
+    *,
+    shape: tuple[int, ...] | None = None,
+    device: torch.device | str = "cpu",
+    checkpoint: int | None = None,
+    ema_length: float | None = None,
+) -> ScoreModel:
+    """A shipped prior by its name, or the prior in a folder.
+
+    Args:
+        name_or_dir: a name in `shipped_priors()`, which goes before a folder of that name; a folder that
+            `save_prior` or the trainer wrote; or a checkpoint folder of score_models.
+        shape: of one image, where another one than the folder's is wanted. score_models does not write the
+            shape: without it, it is taken to be (channels, 64, 64).
+        device: where the network goes.
+        checkpoint, ema_length: which of the checkpoints in a folder of score_models; None is the last.
+
+    Raises:
+        ValueError: no such prior, a file that is missing, truncated or of another network, a card with
+            missing or unknown values; the message names the file.
+        ImportError: a network of score_models where that is not installed.
+    """
+    folder = _find(name_or_dir)
+    model: NetworkScore | SigmaHeadScore
+    if (folder / _CARD).is_file():
+        if checkpoint is not None or ema_length is not None:
+            raise ValueError(f"{folder}: checkpoint and ema_length are for folders of score_models")
+        model = _load(folder)
+        if shape is not None:
+            model = model.with_shape(shape)
+    else:
+        model = read_score_models_folder(
+            folder, shape=shape, checkpoint=checkpoint, ema_length=ema_length
+        )
+    return model if torch.device(device).type == "cpu" else model.to(device=device)
+
+
+def _find(name_or_dir: str | os.PathLike[str]) -> Path:
+    name = os.fspath(name_or_dir)
+    shipped = shipped_priors()
+    if name in shipped:
+        return _shipped_folder() / name
+    folder = Path(name).expanduser()
+    if (folder / _CARD).is_file() or is_score_models_folder(folder):
+        return folder
+    known = ", ".join(shipped) or "none"
+    if (folder / "prior" / _CARD).is_file():
+        raise ValueError(f"{folder} is a training run; its prior is {folder / 'prior'}")
+    if folder.is_dir():
+        raise ValueError(
+            f"{folder} holds no prior: expected {_CARD}, or a checkpoint folder of score_models with "
+            "model_hparams.json or hyperparameters.json"
+        )
+    raise ValueError(
+        f"no prior {name!r}: it is neither a folder nor a shipped prior; shipped are: {known}"
+    )
+
+
+def _load(folder: Path) -> NetworkScore | SigmaHeadScore:
+    """The prior that `save_prior` wrote."""
+    path = folder / _CARD
+    try:
+        card = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); it is truncated or corrupt") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path}: got {type(card).__name__}; expected a JSON object")
+    head = card.get("head")
+    required = (*_REQUIRED, "sigma_data") if head == "edm" else _REQUIRED
+    missing = [key for key in required if key not in card]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} missing; is this the card of a prior?")
+    if card["format"] != _FORMAT:
+        raise ValueError(
+            f"{path}: got format {card['format']}; this version of diffpost reads {_FORMAT}"
+        )
+    if head not in ("edm", "sigma"):
+        raise ValueError(f"{path}: got head {head!r}; expected 'edm' or 'sigma'")
+    state = _read_weights(folder / _WEIGHTS)
+    rest = {key: value for key, value in card.items() if key not in _STRUCTURE}
+    try:
+        net = build_network(card["network"])
+        sde = sde_from_dict(card["sde"])
+        shape = tuple(int(side) for side in card["shape"])
+        scale, offset = _affine(card["scale"]), _affine(card["offset"])
+        model: NetworkScore | SigmaHeadScore
+        if head == "edm":
+            sigma_data = float(card["sigma_data"])
+            model = NetworkScore(net, sde, shape, sigma_data, card=rest)
+        else:
+            model = SigmaHeadScore(net, sde, shape, card=rest)
+        model = model.with_affine(scale, offset)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    load_state(net, state, folder / _WEIGHTS)
+    return model
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors in float32."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; the prior is incomplete")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated or corrupt ({error}); fetch it again") from error
+    return {key: value.float() for key, value in state.items()}
+
+
+def _plain(value: float | Tensor) -> Any:
+    return value.detach().cpu().tolist() if isinstance(value, Tensor) else float(value)
+
+
+def _affine(value: Any) -> float | Tensor:
+    return torch.tensor(value) if isinstance(value, list) else float(value)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file through a temporary one beside it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
