@@ -540,7 +540,8 @@ def test_options_of_backbones_are_checked() -> None:
 def test_jacobian_products_of_a_sigma_head(architecture: str) -> None:
     """v . (J u) by forward mode equals (J^T v) . u by reverse mode, and finite differences."""
     torch.manual_seed(0)
-    net = getattr(score_models, architecture)(nf=8, ch_mult=[1, 1], num_res_blocks=1)
+    options = {"nf": 8, "ch_mult": [1, 1], "num_res_blocks": 1, "activation_type": "swish"}
+    net = getattr(score_models, architecture)(**options)
     prior = SigmaHeadScore(net, dp.VE(0.01, 10.0), (1, 8, 8))
     assert isinstance(prior.net, ScoreModelsNet)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.4, 0.6])
