@@ -77,6 +77,14 @@ class Compose(LinearOperator):
     def input_shape(self) -> Shape | None:
         return self.inner.input_shape
 
+    @property
+    def batch(self) -> int | None:
+        return _batch([self.outer, self.inner])
+
+    @property
+    def data_shape(self) -> Shape | None:
+        return self.outer.data_shape or super().data_shape
+
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.outer.output_shape(self.inner.output_shape(input_shape))
 
@@ -166,6 +174,14 @@ class Sum(LinearOperator):
     def input_shape(self) -> Shape | None:
         return next((t.input_shape for t in self.terms if t.input_shape is not None), None)
 
+    @property
+    def batch(self) -> int | None:
+        return _batch(self.terms)
+
+    @property
+    def data_shape(self) -> Shape | None:
+        return next((t.data_shape for t in self.terms if t.data_shape is not None), None)
+
     def output_shape(self, input_shape: Shape) -> Shape:
         return same_output(self.terms, input_shape)
 
@@ -204,6 +220,10 @@ class Sum(LinearOperator):
         return _sum([term.dense(input_shape or self.input_shape) for term in self.terms])
 
 
+def _batch(operators: Sequence[LinearOperator]) -> int | None:
+    return next((op.batch for op in operators if op.batch is not None), None)
+
+
 def _sum(values: Sequence[Tensor | None]) -> Tensor | None:
     known = [value for value in values if value is not None]
     return reduce(torch.add, known) if len(known) == len(values) else None
@@ -229,6 +249,14 @@ class Scaled(LinearOperator):
     @property
     def input_shape(self) -> Shape | None:
         return self.operator.input_shape
+
+    @property
+    def batch(self) -> int | None:
+        return _batch([self.operator])
+
+    @property
+    def data_shape(self) -> Shape | None:
+        return self.operator.data_shape
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.operator.output_shape(input_shape)
@@ -313,6 +341,15 @@ class Stack(LinearOperator):
     @property
     def input_shape(self) -> Shape | None:
         return next((op.input_shape for op in self.operators if op.input_shape is not None), None)
+
+    @property
+    def batch(self) -> int | None:
+        return _batch(self.operators)
+
+    @property
+    def data_shape(self) -> Shape | None:
+        shapes = self.output_shapes
+        return super().data_shape if shapes is None else (sum(map(numel, shapes)),)
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return (sum(numel(op.output_shape(input_shape)) for op in self.operators),)

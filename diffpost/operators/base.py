@@ -51,6 +51,11 @@ class Operator(ABC):
         """Shape of one image where the operator fixes it, otherwise None."""
         return None
 
+    @property
+    def data_shape(self) -> Shape | None:
+        """Shape of the data of one image where the operator fixes it, otherwise None."""
+        return None if self.input_shape is None else self.output_shape(self.input_shape)
+
     def linearize(self, x: Tensor) -> LinearOperator:
         """The derivative at x, entry b at x[b]: (B, *shape) to (B, *data)."""
         return Linearized(self, x)
@@ -97,6 +102,11 @@ class LinearOperator(Operator):
             ValueError: v is not of the shape of the data, or the shape of the images is not known
                 (``bind`` tells it).
         """
+
+    @property
+    def batch(self) -> int | None:
+        """Entries that the batch must have, where each has an operator of its own; otherwise None."""
+        return None
 
     def bind(self, input_shape: Shape) -> LinearOperator:
         """The same operator for images of this shape: what the adjoint then returns.
@@ -160,7 +170,6 @@ class LinearOperator(Operator):
         input_shape: Shape,
         seed: int = 0,
         dtype: torch.dtype = torch.float64,
-        batch: int = 2,
     ) -> float:
         """|<A x, v> - <x, A^T v>| / (|A x| |v|) for random x and v: rounding error if the adjoint is right.
 
@@ -168,11 +177,10 @@ class LinearOperator(Operator):
             input_shape: of one image.
             seed: of x and v.
             dtype: of x and v.
-            batch: entries of x and v; a linearised operator wants as many as it was made at.
         """
         linear = self.bind(input_shape)
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(batch, *input_shape, generator=generator, dtype=dtype)
+        x = torch.randn(self.batch or 2, *input_shape, generator=generator, dtype=dtype)
         ax = linear(x)
         v = torch.randn(ax.shape, generator=generator, dtype=dtype)
         atv = linear.adjoint(v)
@@ -247,6 +255,10 @@ class Linearized(LinearOperator):
     @property
     def input_shape(self) -> Shape:
         return tuple(self.x.shape[1:])
+
+    @property
+    def batch(self) -> int:
+        return len(self.x)
 
     def output_shape(self, input_shape: Shape) -> Shape:
         if tuple(input_shape) != self.input_shape:

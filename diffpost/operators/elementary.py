@@ -184,6 +184,10 @@ class Matrix(LinearOperator):
     def input_shape(self) -> Shape:
         return self._shape
 
+    @property
+    def data_shape(self) -> Shape:
+        return (self.matrix.shape[0],)
+
     def output_shape(self, input_shape: Shape) -> Shape:
         m, n = self.matrix.shape
         if numel(input_shape) != n:

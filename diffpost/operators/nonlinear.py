@@ -37,6 +37,10 @@ class NonlinearCompose(Operator):
     def input_shape(self) -> Shape | None:
         return self.inner.input_shape
 
+    @property
+    def data_shape(self) -> Shape | None:
+        return self.outer.data_shape or super().data_shape
+
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.outer.output_shape(self.inner.output_shape(input_shape))
 
@@ -65,6 +69,10 @@ class NonlinearSum(Operator):
     @property
     def input_shape(self) -> Shape | None:
         return next((t.input_shape for t in self.terms if t.input_shape is not None), None)
+
+    @property
+    def data_shape(self) -> Shape | None:
+        return next((t.data_shape for t in self.terms if t.data_shape is not None), None)
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return same_output(self.terms, input_shape)
@@ -97,6 +105,10 @@ class NonlinearScaled(Operator):
     def input_shape(self) -> Shape | None:
         return self.operator.input_shape
 
+    @property
+    def data_shape(self) -> Shape | None:
+        return self.operator.data_shape
+
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.operator.output_shape(input_shape)
 
@@ -116,10 +128,13 @@ class NonlinearScaled(Operator):
 class NonlinearStack(Operator):
     """The flattened data of several operators, at least one of them nonlinear."""
 
-    def __init__(self, operators: Sequence[Operator]) -> None:
+    def __init__(
+        self, operators: Sequence[Operator], output_shapes: Sequence[Shape] | None = None
+    ) -> None:
         if not operators:
             raise ValueError("NonlinearStack: expected at least one operator.")
         self.operators = tuple(operators)
+        self.output_shapes = None if output_shapes is None else tuple(map(tuple, output_shapes))
 
     def __repr__(self) -> str:
         return f"NonlinearStack({list(self.operators)!r})"
@@ -127,6 +142,11 @@ class NonlinearStack(Operator):
     @property
     def input_shape(self) -> Shape | None:
         return next((op.input_shape for op in self.operators if op.input_shape is not None), None)
+
+    @property
+    def data_shape(self) -> Shape | None:
+        shapes = self.output_shapes
+        return super().data_shape if shapes is None else (sum(map(numel, shapes)),)
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return (sum(numel(op.output_shape(input_shape)) for op in self.operators),)
@@ -144,7 +164,7 @@ class NonlinearStack(Operator):
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        return type(self)([op.to(device, dtype) for op in self.operators])
+        return type(self)([op.to(device, dtype) for op in self.operators], self.output_shapes)
 
 
 @final
@@ -160,10 +180,12 @@ class Affine(Operator):
     def __init__(self, operator: Operator, scale: float | Tensor, offset: float | Tensor) -> None:
         self.operator = operator
         self.scale, self.offset = scale, offset
-        self._scale, self._offset = (
-            Parameter(torch.as_tensor(scale)),
-            Parameter(torch.as_tensor(offset)),
-        )
+        self._scale = Parameter(torch.as_tensor(scale))
+        self._offset = Parameter(torch.as_tensor(offset))
+        # made once: solvers are remembered by operator
+        self._linear: LinearOperator | None = None
+        if isinstance(operator, LinearOperator):
+            self._linear = scaled_by(operator, scale)
 
     def __repr__(self) -> str:
         return f"Affine({self.operator!r})"
@@ -171,6 +193,10 @@ class Affine(Operator):
     @property
     def input_shape(self) -> Shape | None:
         return self.operator.input_shape
+
+    @property
+    def data_shape(self) -> Shape | None:
+        return self.operator.data_shape
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.operator.output_shape(input_shape)
@@ -182,6 +208,8 @@ class Affine(Operator):
         return self.operator(self._map(x))
 
     def linearize(self, x: Tensor) -> LinearOperator:
+        if self._linear is not None:
+            return self._linear.linearize(x)
         return scaled_by(self.operator.linearize(self._map(x)), self.scale)
 
     def to(
