@@ -58,7 +58,7 @@ class TrainConfig:
     stages: tuple[Stage, ...]
     heldout: tuple[DataConfig, ...] = ()
     sde: dict[str, Any] = field(
-        default_factory=lambda: {"kind": "EDM", "sigma_min": 0.002, "sigma_max": 80.0}
+        default_factory=lambda: {"name": "EDM", "sigma_min": 0.002, "sigma_max": 80.0}
     )
     sigma_data: float = 0.5
     noise: NoiseLevels = field(default_factory=NoiseLevels)
