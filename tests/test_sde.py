@@ -67,7 +67,7 @@ def test_drift_and_diffusion_generate_the_schedules(sde):
         return f * m, 2 * f * v + g * g
 
     middle = 0.5 * (sde.t_min + sde.t_max)
-    grid = torch.linspace(sde.t_min, middle, 1501, dtype=torch.float64).tolist()
+    grid = torch.linspace(sde.t_min, middle, 601, dtype=torch.float64).tolist()
     start = torch.tensor(sde.t_min, dtype=torch.float64)
     variance = 0.7
     m = float(sde.alpha(start))
@@ -81,8 +81,9 @@ def test_drift_and_diffusion_generate_the_schedules(sde):
         m += h / 6 * (a[0] + 2 * b[0] + 2 * c[0] + d[0])
         v += h / 6 * (a[1] + 2 * b[1] + 2 * c[1] + d[1])
     end = torch.tensor(middle, dtype=torch.float64)
-    # A kink inside an RK4 step costs its order; it is one step of 1500.
-    tolerance = 1e-3 if isinstance(sde, TSVE) else 1e-8
+    # A kink inside an RK4 step costs its order: one step of 600, with a jump in f of beta.
+    ramp = sde.ramp if isinstance(sde, TSVE) else None
+    tolerance = {"relu": 3e-3, "hardswish": 1e-5}.get(ramp, 1e-8)
     assert m == pytest.approx(float(sde.alpha(end)), rel=tolerance)
     exact = float(sde.alpha(end) ** 2 * variance + sde.sigma(end) ** 2)
     assert v == pytest.approx(exact, rel=tolerance)
