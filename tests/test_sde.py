@@ -81,9 +81,9 @@ def test_drift_and_diffusion_generate_the_schedules(sde):
         m += h / 6 * (a[0] + 2 * b[0] + 2 * c[0] + d[0])
         v += h / 6 * (a[1] + 2 * b[1] + 2 * c[1] + d[1])
     end = torch.tensor(middle, dtype=torch.float64)
-    # A kink inside an RK4 step costs its order: one step of 600, with a jump in f of beta.
+    # A jump of f inside an RK4 step, of the order of beta, costs that step its order.
     ramp = sde.ramp if isinstance(sde, TSVE) else None
-    tolerance = {"relu": 3e-3, "hardswish": 1e-5}.get(ramp, 1e-8)
+    tolerance = {"relu": 3e-3, "hardswish": 3e-3}.get(ramp, 1e-8)
     assert m == pytest.approx(float(sde.alpha(end)), rel=tolerance)
     exact = float(sde.alpha(end) ** 2 * variance + sde.sigma(end) ** 2)
     assert v == pytest.approx(exact, rel=tolerance)
