@@ -1,0 +1,19 @@
+"""Approximations of the likelihood of the data given a noisy image; one method a file."""
+
+from diffpost.guidance.base import Guidance
+from diffpost.guidance.convolved import Convolved
+from diffpost.guidance.covariance import Covariance, IsotropicCovariance, SpectralCovariance
+from diffpost.guidance.dps import DPS
+from diffpost.guidance.moment_matching import MomentMatching
+from diffpost.guidance.pigdm import PiGDM
+
+__all__ = [
+    "DPS",
+    "Convolved",
+    "Covariance",
+    "Guidance",
+    "IsotropicCovariance",
+    "MomentMatching",
+    "PiGDM",
+    "SpectralCovariance",
+]

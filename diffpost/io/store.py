@@ -1,0 +1,84 @@
+"""Samples on disk: one zarr (v3) group.
+
+The group holds ``x`` (n, *shape), one chunk a draw, ``log_weights`` (n,) if there are weights, and
+the attributes ``format`` ("diffpost-samples-1"), ``calls``, ``vjps`` and ``info``. It is written
+beside its destination and moved there when complete, so a store that exists is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+
+from diffpost.samples import Samples
+
+FORMAT = "diffpost-samples-1"
+
+
+def save_samples(samples: Samples, path: str | Path, overwrite: bool = False) -> None:
+    """Writes samples to a new zarr store at ``path``.
+
+    Raises:
+        FileExistsError: path exists and overwrite is False.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        group = zarr.open_group(partial, mode="w", zarr_format=3)
+        x = samples.x.detach().cpu().numpy()
+        group.create_array("x", data=x, chunks=(1, *x.shape[1:]))
+        if samples.log_weights is not None:
+            group.create_array("log_weights", data=samples.log_weights.detach().cpu().numpy())
+        group.attrs.update(
+            {
+                "format": FORMAT,
+                "calls": samples.calls,
+                "vjps": samples.vjps,
+                "info": json.loads(json.dumps(dict(samples.info))),
+            }
+        )
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_samples(path: str | Path) -> Samples:
+    """Reads a store that :func:`save_samples` wrote.
+
+    Raises:
+        FileNotFoundError: no such path.
+        ValueError: not a store of samples.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No samples at {path}.")
+    try:
+        group = zarr.open_group(path, mode="r")
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a zarr group; expected what Samples.save writes."
+        ) from error
+    if group.attrs.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {group.attrs.get('format')!r}; expected {FORMAT!r}, "
+            "as Samples.save writes."
+        )
+    attrs = dict(group.attrs)
+    weights = np.asarray(group["log_weights"][...]) if "log_weights" in group else None
+    return Samples(
+        x=torch.from_numpy(np.asarray(group["x"][...])),
+        calls=int(attrs["calls"]),
+        vjps=float(attrs["vjps"]),
+        log_weights=None if weights is None else torch.from_numpy(weights),
+        info=attrs["info"],
+    )

@@ -1,0 +1,378 @@
+"""Guidances against the exact posterior denoiser of a Gaussian prior, and against autograd."""
+
+import math
+
+import pytest
+import torch
+
+from diffpost.guidance import (
+    DPS,
+    Convolved,
+    IsotropicCovariance,
+    MomentMatching,
+    PiGDM,
+    SpectralCovariance,
+)
+from diffpost.likelihood import Likelihood
+from diffpost.linalg import ConvergenceWarning
+from diffpost.noise import GaussianNoise
+from diffpost.operator import Convolve, Mask, Matrix, Operator
+from diffpost.posterior import Posterior
+from diffpost.score import GaussianMixtureScore, GaussianScore
+from diffpost.sde import EDM, VP
+
+D, M = 6, 4
+F64 = torch.float64
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def dense_problem(prior_cov=None, sde=None, rows=None):
+    mean = rand(D, seed=1)
+    if prior_cov is None:
+        root = rand(D, D, seed=2)
+        prior_cov = root @ root.T + 0.2 * torch.eye(D, dtype=F64)
+    matrix = rand(M, D, seed=3)
+    root = rand(M, M, seed=4)
+    noise_cov = 0.1 * (root @ root.T) + 0.05 * torch.eye(M, dtype=F64)
+    y = rand(M, seed=5) if rows is None else rand(rows, M, seed=5)
+    prior = GaussianScore(mean, cov=prior_cov, sde=sde or EDM())
+    return (
+        prior,
+        Likelihood(y, Matrix(matrix), GaussianNoise(cov=noise_cov)),
+        prior_cov,
+        matrix,
+        noise_cov,
+    )
+
+
+def exact_denoise(prior, prior_cov, matrix, noise_cov, y, x, t):
+    """E[x_0 | x_t = x, y], by conditioning the Gaussian x_0 on both."""
+    nu2 = prior.sde.nsr(t) ** 2
+    u = x / prior.sde.alpha(t)
+    precision = (
+        prior_cov.inverse()
+        + matrix.T @ noise_cov.inverse() @ matrix
+        + torch.eye(D, dtype=F64) / nu2
+    )
+    right = prior_cov.inverse() @ prior.mean + u / nu2 + y @ noise_cov.inverse() @ matrix
+    return torch.linalg.solve(precision, right.T).T
+
+
+TIMES = [0.02, 0.3, 0.9]
+
+
+def time(sde, fraction):
+    """A time between the ends of the process, in log nsr."""
+    low, high = (
+        math.log(float(sde.nsr(torch.tensor(v, dtype=F64)))) for v in (sde.t_min, sde.t_max)
+    )
+    return sde.t_of_nsr(torch.tensor(math.exp(low + fraction * (high - low)), dtype=F64))
+
+
+@pytest.mark.parametrize("fraction", TIMES)
+@pytest.mark.parametrize("sde", [EDM(), VP()], ids=["EDM", "VP"])
+@pytest.mark.parametrize("rows", [None, 3])
+def test_moment_matching_is_exact_on_a_gaussian(fraction, sde, rows):
+    prior, like, cov, matrix, noise = dense_problem(sde=sde, rows=rows)
+    t = time(sde, fraction)
+    x = sde.alpha(t) * rand(3, D, seed=8) + sde.sigma(t) * rand(3, D, seed=9)
+    got = Posterior(prior, like, MomentMatching(tol=1e-10)).denoise(x, t)
+    want = exact_denoise(prior, cov, matrix, noise, like.y, x, t)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fraction", TIMES)
+def test_exact_on_a_white_prior(fraction):
+    """PiGDM and the isotropic covariance are exact when the prior is white, with its variance and
+    no other.
+    """
+    prior, like, cov, matrix, noise = dense_problem(prior_cov=0.7 * torch.eye(D, dtype=F64))
+    t = time(prior.sde, fraction)
+    x = prior.sde.alpha(t) * rand(3, D, seed=8) + prior.sde.sigma(t) * rand(3, D, seed=9)
+    want = exact_denoise(prior, cov, matrix, noise, like.y, x, t)
+    exact = [
+        PiGDM(variance=0.7, tol=1e-10),
+        MomentMatching(covariance=IsotropicCovariance(0.7), tol=1e-10),
+        MomentMatching(covariance=IsotropicCovariance(0.7), tol=1e-10, differentiate=False),
+    ]
+    for guidance in exact:
+        got = Posterior(prior, like, guidance).denoise(x, t)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    if fraction > 0.5:
+        wrong = Posterior(prior, like, PiGDM(variance=0.2, tol=1e-10)).denoise(x, t)
+        assert (wrong - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("fraction", TIMES)
+def test_convolved_is_exact_on_a_flat_prior_only(fraction):
+    for variance, exact in ((1e9, True), (1.0, False)):
+        prior, like, cov, matrix, noise = dense_problem(
+            prior_cov=variance * torch.eye(D, dtype=F64)
+        )
+        t = time(prior.sde, fraction)
+        x = prior.sde.alpha(t) * rand(3, D, seed=8) + prior.sde.sigma(t) * rand(3, D, seed=9)
+        want = exact_denoise(prior, cov, matrix, noise, like.y, x, t)
+        got = Posterior(prior, like, Convolved(tol=1e-10)).denoise(x, t)
+        close = torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+        assert close == exact or fraction < 0.5
+
+
+def field(size=16, rows=None, noise=None):
+    k = torch.hypot(
+        torch.fft.fftfreq(size, dtype=F64)[:, None], torch.fft.fftfreq(size, dtype=F64)[None, :]
+    )
+    power = (k * size).clamp_min(1) ** -3.0
+    power = power / power.mean()
+    prior = GaussianScore(torch.zeros(1, size, size, dtype=F64), power=power, sde=EDM())
+    axis = torch.arange(-4, 5).double()
+    psf = torch.exp(-(axis[:, None] ** 2 + axis[None, :] ** 2) / 4)
+    shape = (1, size, size) if rows is None else (rows, 1, size, size)
+    like = Likelihood(
+        rand(*shape, seed=1),
+        Convolve(psf / psf.sum(), boundary="periodic"),
+        noise or GaussianNoise(std=0.1),
+    )
+    return prior, like, power, k
+
+
+class Plain(GaussianScore):
+    """The same prior without the knowledge of its Jacobian's spectrum."""
+
+    def jacobian_spectrum(self, x, t):
+        return None
+
+
+@pytest.mark.parametrize("fraction", TIMES)
+def test_fast_path_is_the_solve(fraction):
+    """On a stationary field the Fourier solve and conjugate gradients on VJPs agree."""
+    prior, like, power, _ = field()
+    t = time(prior.sde, fraction)
+    x = prior.sde.sigma(t) * rand(2, 1, 16, 16, seed=4) + rand(2, 1, 16, 16, seed=5)
+    fast = Posterior(prior, like, MomentMatching()).denoise(x, t)
+    plain = Plain(prior.mean, power=power, sde=prior.sde)
+    slow = Posterior(plain, like, MomentMatching(tol=1e-9, max_iter=400)).denoise(x, t)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fraction", TIMES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("differentiate", [True, False])
+def test_spectral_covariance(fraction, masked, differentiate):
+    """A table of the exact spectra gives what the exact covariance gives, also with masked
+    pixels.
+    """
+    weight = torch.full((16, 16), 100.0, dtype=F64)
+    weight[3:6, 4:9] = 0
+    prior, like, power, k = field(noise=GaussianNoise(weight=weight) if masked else None)
+    levels = torch.logspace(-3, 2, 60, dtype=F64)
+    radii, inverse = k.reshape(-1).round(decimals=9).unique(return_inverse=True)
+    by_k = torch.zeros(len(radii), dtype=F64).scatter(0, inverse, power.reshape(-1))
+    s = levels[:, None] ** 2
+    table = SpectralCovariance(levels, radii, s * by_k / (s + by_k))
+    t = time(prior.sde, fraction)
+    x = prior.sde.sigma(t) * rand(2, 1, 16, 16, seed=4) + rand(2, 1, 16, 16, seed=5)
+    want = Posterior(prior, like, MomentMatching(tol=1e-9, max_iter=400)).denoise(x, t)
+    guidance = MomentMatching(tol=1e-9, max_iter=400, covariance=table, differentiate=differentiate)
+    got = Posterior(prior, like, guidance).denoise(x, t)
+    assert (got - want).abs().max() < 0.01 * want.abs().max()
+
+
+def test_spectral_covariance_interpolates():
+    """Exact at the nodes, for another image size, falling as nsr^2 below the table and constant
+    above.
+    """
+    levels = torch.tensor([0.1, 1.0, 10.0], dtype=F64)
+    k = torch.tensor([0.0, 0.25, 0.5], dtype=F64)
+    variance = torch.tensor([[0.01, 0.005, 0.002], [1.0, 0.1, 0.01], [50.0, 0.2, 0.02]], dtype=F64)
+    cov = SpectralCovariance(levels, k, variance)
+    prior = GaussianScore(torch.zeros(1, 8, 12, dtype=F64), var=1.0, sde=EDM())
+    like = torch.zeros(2, 1, 8, 12, dtype=F64)
+    at = lambda t: cov.spectrum(like, prior, torch.tensor(t, dtype=F64))  # noqa: E731
+    middle = at(1.0)
+    assert middle.shape == (1, 1, 8, 12)
+    torch.testing.assert_close(middle[0, 0, 0, 0], variance[1, 0])
+    torch.testing.assert_close(middle[0, 0, 2, 0], variance[1, 1])
+    torch.testing.assert_close(middle[0, 0, 4, 6], variance[1, 2])  # the corner is beyond the table
+    torch.testing.assert_close(at(0.01), 0.01 * at(0.1))
+    torch.testing.assert_close(at(40.0), at(10.0))
+    both = cov.spectrum(like, prior, torch.tensor([1.0, 10.0], dtype=F64))
+    torch.testing.assert_close(both[1:], at(10.0))
+    v = rand(2, 1, 8, 12)
+    symmetric = (cov.apply(v[:1], prior, torch.tensor(1.0)) * v[1:]).sum()
+    torch.testing.assert_close(
+        symmetric, (cov.apply(v[1:], prior, torch.tensor(1.0)) * v[:1]).sum()
+    )
+    with pytest.raises(ValueError, match="expected"):
+        SpectralCovariance(levels, k, variance.T[:2])
+    with pytest.raises(ValueError, match="increase"):
+        SpectralCovariance(levels.flip(0), k, variance)
+
+
+class Squared(Operator):
+    """A nonlinear operator: x + x^2/4, flattened to the first four values."""
+
+    def __call__(self, x):
+        return (x + x**2 / 4)[:, :M]
+
+    def output_shape(self, input_shape):
+        return (M,)
+
+
+def test_dps_without_norm_is_the_gradient():
+    """sigma^2/alpha grad_x log p(y | D(x)), by autograd, through a nonlinear operator and a mixture
+    prior.
+    """
+    prior = GaussianMixtureScore(
+        rand(3, D, seed=2), torch.tensor([0.2, 0.3, 0.5]).double(), 0.2, VP()
+    )
+    like = Likelihood(rand(3, M, seed=5), Squared(), GaussianNoise(std=0.3))
+    t = torch.tensor(0.3, dtype=F64)
+    x = rand(3, D, seed=6).requires_grad_()
+    (gradient,) = torch.autograd.grad(like.bind((D,)).log_prob(prior.denoise(x, t)).sum(), x)
+    factor = prior.sde.sigma(t) ** 2 / prior.sde.alpha(t)
+    want = prior.denoise(x, t) + 0.5 * factor * gradient
+    got = Posterior(prior, like, DPS(scale=0.5, normalise=False)).denoise(x.detach(), t)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-8, atol=1e-8)
+
+
+def test_dps_norm_is_per_entry():
+    """With the norm, the shift does not grow with the residual, and an entry does not see its
+    neighbours'.
+    """
+    prior, like, *_ = dense_problem(rows=3)
+    t = torch.tensor(2.0, dtype=F64)
+    x = rand(3, D, seed=6)
+    guidance = DPS(scale=0.3)
+    base = prior.denoise(x, t)
+    shift = Posterior(prior, like, guidance).denoise(x, t) - base
+    y = like.y.clone()
+    linear = Matrix(rand(M, D, seed=3))
+    y[1] = linear(base)[1] + 50 * (y[1] - linear(base)[1])
+    far = Posterior(prior, Likelihood(y, linear, like.noise), guidance).denoise(x, t) - base
+    torch.testing.assert_close(far, shift, rtol=1e-9, atol=1e-9)
+
+
+def test_nonlinear_operator_is_linearised():
+    """Moment matching with A linearised at D, by dense matrices."""
+    prior, _, cov, _, _ = dense_problem()
+    like = Likelihood(rand(2, M, seed=5), Squared(), GaussianNoise(std=0.3))
+    t = torch.tensor(0.8, dtype=F64)
+    x = rand(2, D, seed=6)
+    denoised = prior.denoise(x, t)
+    c = 0.64 * cov @ torch.linalg.inv(cov + 0.64 * torch.eye(D, dtype=F64))
+    want = []
+    for b in range(2):
+        a = torch.diag(1 + denoised[b] / 2)[:M]
+        r = like.y[b] - Squared()(denoised)[b]
+        want.append(
+            denoised[b]
+            + c @ a.T @ torch.linalg.solve(0.09 * torch.eye(M, dtype=F64) + a @ c @ a.T, r)
+        )
+    got = Posterior(prior, like, MomentMatching(tol=1e-10)).denoise(x, t)
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Convolved(),
+        DPS(),
+        PiGDM(),
+        MomentMatching(tol=1e-8),
+        MomentMatching(covariance=IsotropicCovariance(1.0), differentiate=False),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_entries_are_independent(guidance, dtype):
+    """Entry b sees row b of the data, its own x, its own time, and nothing else; dtype follows
+    x.
+    """
+    prior = GaussianMixtureScore(
+        rand(2, D, seed=2).to(dtype), torch.tensor([0.4, 0.6], dtype=dtype), 0.3, EDM()
+    )
+    y = rand(3, M, seed=5).to(dtype)
+    posterior = Posterior(
+        prior, Likelihood(y, Matrix(rand(M, D, seed=3).to(dtype)), GaussianNoise(std=0.4)), guidance
+    )
+    x = rand(3, D, seed=7).to(dtype)
+    t = torch.tensor([0.1, 1.0, 5.0], dtype=F64)
+    whole = posterior.denoise(x, t)
+    assert whole.dtype == dtype and whole.shape == x.shape
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-7
+    for b in range(3):
+        alone = posterior.select(torch.tensor([b])).denoise(x[b : b + 1], t[b])
+        torch.testing.assert_close(alone, whole[b : b + 1], rtol=tolerance, atol=tolerance)
+
+
+def test_physical_units():
+    """A prior with an affine map: the posterior in physical units is that of the rescaled
+    problem.
+    """
+    prior, like, _, matrix, noise = dense_problem()
+    scaled = prior.with_affine(3.0, -0.5)
+    physical = Likelihood(
+        like.y * 3 + Matrix(matrix)(torch.full((1, D), -0.5, dtype=F64))[0],
+        like.operator,
+        GaussianNoise(cov=9 * noise),
+    )
+    x, t = rand(2, D, seed=7), torch.tensor(0.7, dtype=F64)
+    a = Posterior(prior, like, MomentMatching(tol=1e-10)).denoise(x, t)
+    b = Posterior(scaled, physical, MomentMatching(tol=1e-10)).denoise(x, t)
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_unconverged_solve_warns():
+    prior, like, power, _ = field()
+    plain = Plain(prior.mean, power=power, sde=prior.sde)
+    posterior = Posterior(plain, like, MomentMatching(tol=1e-9, max_iter=2))
+    with pytest.warns(ConvergenceWarning):
+        posterior.denoise(10 * rand(1, 1, 16, 16), torch.tensor(10.0))
+
+
+def test_masked_data_are_ignored():
+    """Data of infinite variance do not matter, whatever their value."""
+    prior, like, *_ = field()
+    mask = torch.ones(16, 16, dtype=F64)
+    mask[4:8, 4:8] = 0
+    y = like.y.clone()
+    x, t = rand(1, 1, 16, 16, seed=3), torch.tensor(0.5, dtype=F64)
+    results = []
+    for value in (0.0, 1e3):
+        y[..., 4:8, 4:8] = value
+        masked = Likelihood(y, like.operator, GaussianNoise(weight=100 * mask))
+        results.append(
+            Posterior(prior, masked, MomentMatching(tol=1e-9, max_iter=400)).denoise(x, t)
+        )
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    by_mask = Likelihood(y * mask, Mask(mask) @ like.operator, GaussianNoise(std=0.1))
+    other = Posterior(prior, by_mask, MomentMatching(tol=1e-9, max_iter=400)).denoise(x, t)
+    torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DPS(scale=0),
+        lambda: PiGDM(variance=-1.0),
+        lambda: MomentMatching(tol=0),
+        lambda: MomentMatching(differentiate=False),
+        lambda: IsotropicCovariance(0.0),
+    ],
+)
+def test_bad_arguments(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_shapes_are_checked():
+    prior, like, *_ = dense_problem()
+    with pytest.raises(ValueError, match="expected 6"):
+        Posterior(GaussianScore(torch.zeros(D + 1, dtype=F64), var=1.0, sde=EDM()), like)
+    rows = Posterior(prior, dense_problem(rows=3)[1])
+    with pytest.raises(ValueError, match="3 rows and x has 2"):
+        rows.denoise(rand(2, D), torch.tensor(1.0))
+    assert rows.select(torch.tensor([2, 0])).denoise(rand(2, D), torch.tensor(1.0)).shape == (2, D)
