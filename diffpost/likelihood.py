@@ -136,14 +136,14 @@ class Likelihood:
                 entries.
         """
         model = self.operator(x)
-        rows = self._rows.like(model)
-        fits = tuple(model.shape[1:]) == self.data_shape
-        if not fits or (self.batched and len(rows) not in (1, len(x))):
+        data, rows = tuple(model.shape[1:]), self._rows.like(model)
+        if data != self.data_shape and tuple(self.y.shape) in (data, tuple(model.shape)):
+            rows = self.y.to(model).reshape(-1, *data)  # the first axis was misunderstood
+        if tuple(rows.shape[1:]) != data or len(rows) not in (1, len(x)):
             raise ValueError(
-                f"Likelihood: y has shape {tuple(self.y.shape)}, "
-                f"{'a row for each sample' if self.batched else 'one for all samples'}, but the operator makes "
-                f"{tuple(model.shape)} of images {tuple(x.shape)}; expected y of shape {tuple(model.shape[1:])} or "
-                f"{tuple(model.shape)} (batched={not self.batched} if its first axis was misunderstood)."
+                f"Likelihood: y has shape {tuple(self.y.shape)}, but the operator makes {tuple(model.shape)} of "
+                f"images {tuple(x.shape)}; expected y of shape {data}, or {tuple(model.shape)} with a row for each "
+                "sample."
             )
         residual = rows - model
         gone = self.noise.masked(self.data_shape)
@@ -363,7 +363,7 @@ class Likelihood:
         precond: MatVec | None = None
         if isinstance(s_precond, Tensor) and s_precond.ndim >= 2:
             shape = _shape_of_image(linear, r)
-            spectral = near_solve(linear, self.noise, shape, self.data_shape, s_precond)
+            spectral = near_solve(linear, self.noise, shape, tuple(r.shape[1:]), s_precond)
             one = torch.ones((), dtype=r.dtype, device=r.device)
             if spectral is not None:
                 precond = lambda p: spectral.solve(p, one)  # noqa: E731
@@ -399,7 +399,7 @@ class Likelihood:
             A report; ``.x`` is v, (B, *data), 0 where masked.
         """
         shape = _shape_of_image(linear, r)
-        exact = spectral_solve(linear, self.noise, shape, self.data_shape, power)
+        exact = spectral_solve(linear, self.noise, shape, tuple(r.shape[1:]), power)
         if exact is not None:
             one = torch.ones((), dtype=r.dtype, device=r.device)
             return direct(self.noise.whiten_adjoint(exact.solve(self.noise.whiten(r), one)))
@@ -424,10 +424,10 @@ class Likelihood:
         found = self._solves.get(linear)
         if found is None:
             shape = _shape_of_image(linear, r)
-            exact = structured_solve(linear, self.noise, shape, self.data_shape)
+            exact = structured_solve(linear, self.noise, shape, tuple(r.shape[1:]))
             near = None
             if exact is None:
-                near = near_solve(linear, self.noise, shape, self.data_shape)
+                near = near_solve(linear, self.noise, shape, tuple(r.shape[1:]))
             found = (exact, near)
             self._solves[linear] = found
         return found

@@ -95,10 +95,15 @@ def structured_solve(
         return Spectral(spectrum / power.to(spectrum.device))
     batched = weight is not None and weight.ndim > len(data_shape)
     matrix = None if batched else linear.dense(input_shape)
-    if matrix is None and noise.size is not None and linear.batch is None:
+    dense_noise = weight is None and noise.size is not None
+    explicit = dense_noise and linear.batch is None
+    if (
+        matrix is None
+        and explicit
+        and numel(data_shape) * numel(input_shape) <= _LARGEST_MATRIX // 4
+    ):
         # the noise is a matrix of that size already, so A as one costs little more
-        if weight is None and noise.size * numel(input_shape) <= _LARGEST_MATRIX // 4:
-            matrix = _explicit(linear, input_shape, data_shape)
+        matrix = _explicit(linear, input_shape, data_shape)
     if matrix is None or min(matrix.shape) > _LARGEST_SIDE or matrix.numel() > _LARGEST_MATRIX:
         return None
     columns = matrix.detach().double().T.reshape(-1, *data_shape)

@@ -167,7 +167,8 @@ class Matrix(LinearOperator):
         self.matrix = as_real(matrix, "Matrix(A)")
         if self.matrix.ndim != 2:
             raise ValueError(f"Matrix: got shape {tuple(self.matrix.shape)}; expected (m, n).")
-        self._shape = tuple(input_shape) if input_shape is not None else (self.matrix.shape[1],)
+        self._known = None if input_shape is None else tuple(input_shape)
+        self._shape = self._known or (self.matrix.shape[1],)
         self._matrix = Parameter(self.matrix)
         self._bound: Matrix | None = None
         self.output_shape(self._shape)
@@ -178,11 +179,11 @@ class Matrix(LinearOperator):
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Matrix:
-        return Matrix(self.matrix.to(device=device, dtype=dtype), self._shape)
+        return Matrix(self.matrix.to(device=device, dtype=dtype), self._known)
 
     @property
-    def input_shape(self) -> Shape:
-        return self._shape
+    def input_shape(self) -> Shape | None:
+        return self._known
 
     @property
     def data_shape(self) -> Shape:
@@ -199,7 +200,7 @@ class Matrix(LinearOperator):
 
     def bind(self, input_shape: Shape) -> Matrix:
         shape = tuple(input_shape)
-        if shape == self._shape:
+        if shape == self._known:
             return self
         if self._bound is None or self._bound.input_shape != shape:
             self._bound = Matrix(self.matrix, shape)

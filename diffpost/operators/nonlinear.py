@@ -39,7 +39,10 @@ class NonlinearCompose(Operator):
 
     @property
     def data_shape(self) -> Shape | None:
-        return self.outer.data_shape or super().data_shape
+        middle = self.inner.data_shape
+        return self.outer.data_shape or (
+            None if middle is None else self.outer.output_shape(middle)
+        )
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.outer.output_shape(self.inner.output_shape(input_shape))
