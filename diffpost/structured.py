@@ -60,6 +60,19 @@ class Spectral(WhitenedSolve):
 
 
 @final
+class Observed(WhitenedSolve):
+    """Another solve among the data that count; masked data, whose rows of W are 0, are left alone."""
+
+    def __init__(self, inner: WhitenedSolve, seen: Tensor) -> None:
+        self._inner = inner
+        self._seen = Parameter(seen.to(torch.float32))
+
+    def solve(self, u: Tensor, s: Tensor) -> Tensor:
+        seen = self._seen.like(u)
+        return seen * self._inner.solve(seen * u, s) + (1 - seen) * u
+
+
+@final
 class Singular(WhitenedSolve):
     """W A = U diag(l) V^T, decomposed once, in float64."""
 
@@ -139,8 +152,12 @@ def near_solve(
             return Spectral(spectrum / stationary.to(spectrum.device))
         weight = noise.weight()
         if weight is not None and len(data_shape) >= 2:
-            mean = weight.expand(torch.broadcast_shapes(weight.shape, data_shape))
-            return Spectral(spectrum * mean.mean((-2, -1), keepdim=True).to(spectrum.device))
+            full = weight.expand(torch.broadcast_shapes(weight.shape, data_shape))
+            seen = full > 0
+            count = seen.sum((-2, -1), keepdim=True).clamp_min(1)
+            mean = full.sum((-2, -1), keepdim=True) / count
+            near = Spectral(spectrum * mean.to(spectrum.device))
+            return near if bool(seen.all()) else Observed(near, seen)
     return None
 
 
