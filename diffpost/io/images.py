@@ -253,7 +253,7 @@ class _Folder(ImageSource):
 
     def __init__(self, files: list[Path], pixel_map: PixelMap | None) -> None:
         self._files, self.pixel_map = files, pixel_map
-        self.shape = _read_file(files[0]).shape  # type: ignore[assignment]
+        self.shape = _read_file(files[0]).shape
 
     def __len__(self) -> int:
         return len(self._files)
@@ -426,13 +426,13 @@ def _npz(path: Path, pixel_map: PixelMap | None, key: str | None) -> ImageSource
             shapes, starts = {}, {}
             for name, info in members.items():
                 with archive.open(info) as stream:
-                    version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
+                    version = np.lib.format.read_magic(stream)
                     read = (
                         np.lib.format.read_array_header_1_0
                         if version == (1, 0)
                         else np.lib.format.read_array_header_2_0
                     )
-                    shape, fortran, dtype = read(stream)  # type: ignore[arg-type]
+                    shape, fortran, dtype = read(stream)
                     shapes[name], starts[name] = shape, (stream.tell(), fortran, dtype)
     except (zipfile.BadZipFile, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as an .npz archive: {error}") from error
