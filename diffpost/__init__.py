@@ -10,40 +10,108 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from diffpost._version import __version__
+from diffpost.guidance import (
+    DPS,
+    Convolved,
+    Guidance,
+    IsotropicCovariance,
+    MomentMatching,
+    PiGDM,
+    SpectralCovariance,
+)
+from diffpost.likelihood import Likelihood
+from diffpost.linalg import ConvergenceWarning
+from diffpost.noise import BlockNoise, GaussianNoise, Noise
+from diffpost.operator import (
+    Convolve,
+    Crop,
+    Diagonal,
+    Fourier,
+    Identity,
+    LinearOperator,
+    Mask,
+    Matrix,
+    Operator,
+    PixelBin,
+    Stack,
+)
+from diffpost.posterior import Posterior
+from diffpost.sample import sample
+from diffpost.samplers import (
+    DPMSolver,
+    EulerMaruyama,
+    Heun,
+    PredictorCorrector,
+    Sampler,
+)
+from diffpost.samples import Samples
 from diffpost.score import GaussianMixtureScore, GaussianScore, ScoreModel
 from diffpost.sde import EDM, SDE, TSVE, VE, VP
 
 if TYPE_CHECKING:
     from diffpost import diagnostics, physics, plot
+    from diffpost.diagnostics import chi2
     from diffpost.io.checkpoints import load_prior, save_prior
 
 __all__ = [
+    "DPS",
     "EDM",
     "SDE",
     "TSVE",
     "VE",
     "VP",
+    "BlockNoise",
+    "ConvergenceWarning",
+    "Convolve",
+    "Convolved",
+    "Crop",
+    "DPMSolver",
+    "Diagonal",
+    "EulerMaruyama",
+    "Fourier",
     "GaussianMixtureScore",
+    "GaussianNoise",
     "GaussianScore",
+    "Guidance",
+    "Heun",
+    "Identity",
+    "IsotropicCovariance",
+    "Likelihood",
+    "LinearOperator",
+    "Mask",
+    "Matrix",
+    "MomentMatching",
+    "Noise",
+    "Operator",
+    "PiGDM",
+    "PixelBin",
+    "Posterior",
+    "PredictorCorrector",
+    "Sampler",
+    "Samples",
     "ScoreModel",
+    "SpectralCovariance",
+    "Stack",
     "__version__",
+    "chi2",
     "diagnostics",
     "load_prior",
     "physics",
     "plot",
+    "sample",
     "save_prior",
 ]
 
-# Outside the core, and heavy to import: resolved when first asked for.
+# Outside the core, and some heavy to import: resolved when first asked for.
 _MODULES = ("diagnostics", "physics", "plot")
-_CHECKPOINTS = ("load_prior", "save_prior")
+_LATE = {"chi2": "diagnostics", "load_prior": "io.checkpoints", "save_prior": "io.checkpoints"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"diffpost.{name}")
-    if name in _CHECKPOINTS:
-        return getattr(importlib.import_module("diffpost.io.checkpoints"), name)
+    if name in _LATE:
+        return getattr(importlib.import_module(f"diffpost.{_LATE[name]}"), name)
     raise AttributeError(f"module 'diffpost' has no attribute {name!r}")
 
 

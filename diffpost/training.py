@@ -113,7 +113,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.net = build_network(config.network).to(self.device)
         if self.device.type == "cpu":
-            self.net = self.net.to(memory_format=torch.channels_last)
+            self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(),
             lr=config.learning_rate,
