@@ -94,8 +94,8 @@ def cg(
     x = torch.zeros_like(b)
     r = b
     if x0 is not None:
-        x = torch.where(_wide(size > 0, b), x0 / _wide(scale, b), 0.0)
-        r = torch.where(_wide(size > 0, b), b - matvec(x), 0.0)
+        x = torch.where(_wide(size != 0, b), x0 / _wide(scale, b), 0.0)
+        r = torch.where(_wide(size != 0, b), b - matvec(x), 0.0)
     residual = _norm(r)
     active = residual > tol
     broken = ~residual.isfinite()
@@ -159,9 +159,9 @@ def gmres(
     inverse: MatVec = precond or (lambda v: v)
     size = _norm(b)
     scale = torch.where(size > 0, size, torch.ones_like(size))
-    x = torch.zeros_like(b) if x0 is None else torch.where(_wide(size > 0, b), x0, 0.0)
+    x = torch.zeros_like(b) if x0 is None else torch.where(_wide(size != 0, b), x0, 0.0)
     r = b if x0 is None else b - matvec(x)
-    r = torch.where(_wide(size > 0, b), r, 0.0)
+    r = torch.where(_wide(size != 0, b), r, 0.0)
     residual = _norm(r) / scale
     broken = ~residual.isfinite()
     iterations = 0

@@ -46,6 +46,9 @@ class Operator(ABC):
             ValueError: the operator does not take images of this shape.
         """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @property
     def input_shape(self) -> Shape | None:
         """Shape of one image where the operator fixes it, otherwise None."""

@@ -112,8 +112,6 @@ NONLINEAR = {
 
 def explicit(operator, shape):
     """The matrix, column by column, one image at a time."""
-    if operator.batch is not None:
-        raise pytest.skip.Exception("one operator an entry: no single matrix")
     linear = operator.bind(shape)
     eye = torch.eye(math.prod(shape), dtype=F64).reshape(-1, 1, *shape)
     return torch.stack([linear(column).flatten() for column in eye], 1)
@@ -181,6 +179,8 @@ def check_batch(operator, shape):
 
 def check_structure(operator, shape):
     """What the operator says of itself against its matrix."""
+    if operator.batch is not None:  # one operator an entry: there is no single matrix
+        return
     matrix = explicit(operator, shape)
     out = operator.output_shape(shape)
     m, n = matrix.shape
