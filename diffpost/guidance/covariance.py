@@ -34,8 +34,10 @@ class Covariance(ABC):
         """C_t v, for v (B, *shape) and t () or (B,)."""
 
     @abstractmethod
-    def variance(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        """Mean of C_t's eigenvalues, () or (B,), float64: the scalar that preconditions solves."""
+    def preconditioner(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
+        """What C_t is like, to precondition solves: s, () or (B,), for s I, or its eigenvalues under
+        the FFT2 of the last two axes, broadcastable to the images ``like``.
+        """
 
     def solve(
         self,
@@ -57,7 +59,7 @@ class Covariance(ABC):
             r,
             tol=tol,
             max_iter=max_iter,
-            s_precond=self.variance(like, prior, t),
+            s_precond=self.preconditioner(like, prior, t),
         )
 
 
@@ -82,12 +84,13 @@ class IsotropicCovariance(Covariance):
     def __repr__(self) -> str:
         return f"IsotropicCovariance({self.prior_variance})"
 
-    def variance(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
+    def preconditioner(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
+        """nsr^2 v/(nsr^2 + v), () or (B,), float64."""
         s = squared_nsr(prior.sde, like, t)
         return s * self.prior_variance / (s + self.prior_variance)
 
     def apply(self, v: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        return expand(self.variance(v, prior, t), v) * v
+        return expand(self.preconditioner(v, prior, t), v) * v
 
     def solve(
         self,
@@ -100,7 +103,7 @@ class IsotropicCovariance(Covariance):
         tol: float,
         max_iter: int,
     ) -> SolveReport:
-        s = self.variance(like, prior, t)
+        s = self.preconditioner(like, prior, t)
         return likelihood.solve_operator(linear, r, s, tol=tol, max_iter=max_iter)
 
 
@@ -156,8 +159,8 @@ class SpectralCovariance(Covariance):
         values = values.T.exp().reshape(-1, *[1] * (like.ndim - 3), height, width)
         return values.to(like.device, like.dtype)
 
-    def variance(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        return self.spectrum(like, prior, t).flatten(1).mean(1).double()
+    def preconditioner(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
+        return self.spectrum(like, prior, t)
 
     def apply(self, v: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
         return filtered(v, self.spectrum(v, prior, t))

@@ -21,8 +21,8 @@ from typing import final
 
 from torch import Tensor
 
-from diffpost.guidance.base import Guidance, filtered, squared_nsr, tweedie_factor
-from diffpost.guidance.covariance import Covariance
+from diffpost.guidance.base import Guidance, filtered, tweedie_factor
+from diffpost.guidance.covariance import Covariance, IsotropicCovariance
 from diffpost.likelihood import Likelihood, Solver
 from diffpost.linalg import cg
 from diffpost.score import ScoreModel
@@ -60,6 +60,8 @@ class MomentMatching(Guidance):
             moved as much as a galaxy), so data are followed less closely at the noise levels where
             structure is decided; the end of the trajectory, C_t = nsr^2 I, is the same.
 
+        precondition: with the exact C_t, a model of it that preconditions the solve: the same answer in
+            fewer VJPs. None is an isotropic one of unit variance.
         solver: of the exact C_t's system. A network's Jacobian is symmetric only as far as it was trained
             well; where conjugate gradients stop on it, ``diffpost.linalg.gmres`` does not need symmetry.
 
@@ -73,6 +75,7 @@ class MomentMatching(Guidance):
         max_iter: int = 200,
         covariance: Covariance | None = None,
         differentiate: bool = True,
+        precondition: Covariance | None = None,
         solver: Solver = cg,
     ) -> None:
         if not tol > 0 or max_iter < 1:
@@ -88,6 +91,7 @@ class MomentMatching(Guidance):
         self.max_iter = max_iter
         self.covariance = covariance
         self.differentiate = differentiate
+        self.precondition = IsotropicCovariance(1.0) if precondition is None else precondition
         self.solver = solver
 
     def __repr__(self) -> str:
@@ -128,14 +132,13 @@ class MomentMatching(Guidance):
             return denoised + filtered(linear.adjoint(report.x), power)
         denoised, vjp = prior.denoise_vjp(x, t)
         linear = likelihood.operator.linearize(denoised)
-        s = squared_nsr(prior.sde, x, t)
         report = likelihood.solve_operator_with(
             linear,
             lambda v: factor * vjp(v),
             likelihood.residual(denoised),
             tol=self.tol,
             max_iter=self.max_iter,
-            s_precond=s / (1 + s),  # a prior of unit variance
+            s_precond=self.precondition.preconditioner(x, prior, t),
             solver=self.solver,
         )
         return denoised + factor * vjp(linear.adjoint(report.x))

@@ -13,6 +13,7 @@ from diffpost.guidance import (
     PiGDM,
     SpectralCovariance,
 )
+from diffpost.instrument import Counter, counted
 from diffpost.likelihood import Likelihood
 from diffpost.linalg import ConvergenceWarning
 from diffpost.noise import GaussianNoise
@@ -167,17 +168,38 @@ def test_spectral_covariance(fraction, masked, differentiate):
     weight = torch.full((16, 16), 100.0, dtype=F64)
     weight[3:6, 4:9] = 0
     prior, like, power, k = field(noise=GaussianNoise(weight=weight) if masked else None)
-    levels = torch.logspace(-3, 2, 60, dtype=F64)
-    radii, inverse = k.reshape(-1).round(decimals=9).unique(return_inverse=True)
-    by_k = torch.zeros(len(radii), dtype=F64).scatter(0, inverse, power.reshape(-1))
-    s = levels[:, None] ** 2
-    table = SpectralCovariance(levels, radii, s * by_k / (s + by_k))
+    table = exact_table(power, k)
     t = time(prior.sde, fraction)
     x = prior.sde.sigma(t) * rand(2, 1, 16, 16, seed=4) + rand(2, 1, 16, 16, seed=5)
     want = Posterior(prior, like, MomentMatching(tol=1e-9, max_iter=400)).denoise(x, t)
     guidance = MomentMatching(tol=1e-9, max_iter=400, covariance=table, differentiate=differentiate)
     got = Posterior(prior, like, guidance).denoise(x, t)
     assert (got - want).abs().max() < 0.01 * want.abs().max()
+
+
+def exact_table(power, k):
+    """The posterior covariance of a stationary Gaussian field as a table over levels and k."""
+    levels = torch.logspace(-3, 2, 60, dtype=F64)
+    radii, inverse = k.reshape(-1).round(decimals=9).unique(return_inverse=True)
+    by_k = torch.zeros(len(radii), dtype=F64).scatter(0, inverse, power.reshape(-1))
+    s = levels[:, None] ** 2
+    return SpectralCovariance(levels, radii, s * by_k / (s + by_k))
+
+
+def test_preconditioner_saves_vjps():
+    """A model of the covariance changes the number of VJPs and not the answer."""
+    prior, like, power, k = field()
+    plain = Plain(prior.mean, power=power, sde=prior.sde)
+    x, t = 3 * rand(2, 1, 16, 16, seed=4), torch.tensor(3.0, dtype=F64)
+    answers, products = [], []
+    for model in (None, exact_table(power, k)):
+        counter = Counter()
+        guidance = MomentMatching(tol=1e-9, max_iter=400, precondition=model)
+        posterior = counted(Posterior(plain, like, guidance), counter)
+        answers.append(posterior.denoise(x, t))
+        products.append(counter.vjps)
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-6, atol=1e-6)
+    assert products[1] < products[0] / 2
 
 
 def test_spectral_covariance_interpolates():
