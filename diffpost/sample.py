@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def describe(model: ScoreModel, n: int, sampler: Sampler, seed: int) -> dict[str
         "sampler_arguments": {
             f.name: _plain(getattr(sampler, f.name)) for f in dataclasses.fields(sampler)
         },
-        "model": repr(model),
+        # without addresses in memory, which differ from run to run
+        "model": re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)),
         "sde": model.sde.to_dict(),
         "shape": list(model.shape),
         "dtype": str(model.dtype).removeprefix("torch."),

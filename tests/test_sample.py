@@ -167,6 +167,15 @@ def test_no_progress_bar_off_a_terminal(capsys):
     assert captured.out == "" and captured.err == ""
 
 
+def test_progress_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    sample(problem(), 2, SAMPLER, progress=True)
+    assert "sampling" in capsys.readouterr().err
+    sample(problem(), 2, SAMPLER, progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def weighted():
     x = torch.randn(50, *SHAPE, generator=generator(), dtype=torch.float64)
     log_weights = torch.randn(50, generator=generator(1), dtype=torch.float64)

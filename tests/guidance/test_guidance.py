@@ -347,6 +347,19 @@ def test_physical_units():
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("fraction", TIMES)
+def test_posterior_as_a_prior(fraction):
+    """The posterior of the posterior is that of the joint data, as guidance differentiates through it."""
+    prior, first, *_ = dense_problem()
+    second = Likelihood(rand(2, seed=11), Matrix(rand(2, D, seed=12)), GaussianNoise(std=0.3))
+    guidance = MomentMatching(tol=1e-10)
+    t = time(prior.sde, fraction)
+    x = prior.sde.sigma(t) * rand(3, D, seed=9) + rand(3, D, seed=8)
+    joint = Posterior(prior, first + second, guidance).denoise(x, t)
+    chained = Posterior(Posterior(prior, first, guidance), second, guidance).denoise(x, t)
+    torch.testing.assert_close(chained, joint, rtol=1e-5, atol=1e-6)
+
+
 def test_unconverged_solve_warns():
     prior, like, power, _ = field()
     plain = Plain(prior.mean, power=power, sde=prior.sde)
