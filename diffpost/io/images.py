@@ -325,17 +325,25 @@ def _fits(path: Path) -> NDArray[Any]:
 
 
 def _picture(path: Path) -> NDArray[Any]:
-    try:
+    if _suffix(path) in (".tif", ".tiff"):
+        import tifffile  # reads floats and 16-bit colour, which Pillow does not
+
+        try:
+            values = tifffile.imread(path)
+        except tifffile.TiffFileError as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    else:
         from PIL import Image as pillow
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"reading {path.name} needs Pillow: pip install pillow"
-        ) from error
-    with pillow.open(path) as image:
-        if image.mode in ("P", "1", "LA", "RGBA", "CMYK", "PA"):
-            image = image.convert("L" if image.mode in ("1", "LA") else "RGB")  # type: ignore[assignment]
-        values = np.asarray(image)
-    return np.moveaxis(values, -1, 0) if values.ndim == 3 else values
+
+        with pillow.open(path) as image:
+            if image.mode in ("P", "1", "LA", "RGBA", "CMYK", "PA"):
+                kind = "L" if image.mode in ("1", "LA") else "RGB"
+                values = np.asarray(image.convert(kind))
+            else:
+                values = np.asarray(image)
+    if values.ndim == 3 and values.shape[-1] <= 4 < values.shape[0]:
+        values = np.moveaxis(values, -1, 0)
+    return values
 
 
 def open_images(
@@ -452,10 +460,8 @@ def _npz(path: Path, pixel_map: PixelMap | None, key: str | None) -> ImageSource
 
 
 def _hdf5(path: Path, pixel_map: PixelMap | None, key: str | None) -> ImageSource:
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading {path.name} needs h5py: pip install h5py") from error
+    import h5py
+
     try:
         file = h5py.File(path, "r")
     except OSError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import tifffile
 import zarr
 from astropy.io import fits
 from PIL import Image
@@ -105,6 +106,14 @@ def test_sixteen_bit_and_jpeg(tmp_path):
     np.testing.assert_allclose(open_images(tmp_path / "a.JPG")[0], 90, atol=1)
 
 
+def test_tiff_of_floats_and_of_16_bit_colour(tmp_path):
+    tifffile.imwrite(tmp_path / "float.tif", FRAMES[0])
+    np.testing.assert_array_equal(open_images(tmp_path / "float.tif")[0][0], FRAMES[0])
+    deep = np.random.default_rng(2).integers(0, 65536, (7, 9, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "deep.tiff", deep, photometric="rgb")
+    np.testing.assert_array_equal(open_images(tmp_path / "deep.tiff")[0], np.moveaxis(deep, -1, 0))
+
+
 def test_several_paths_follow_one_another(tmp_path):
     np.save(tmp_path / "a.npy", FRAMES)
     np.save(tmp_path / "b.npy", 2 * FRAMES[:2])
@@ -196,7 +205,7 @@ def test_wrong_arrays_are_refused(tmp_path):
     assert len(open_images(tmp_path / "two.npz", key="b")) == 5
 
 
-@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.h5", "a.fits", "a.png"])
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.h5", "a.fits", "a.png", "a.tif"])
 def test_truncated_files_are_refused_by_name(name, tmp_path):
     (tmp_path / name).write_bytes(b"not much of a file")
     with pytest.raises(ValueError, match=name):
