@@ -24,7 +24,7 @@ from torch import Tensor
 from diffpost.linalg import MatVec, SolveReport, cg, direct
 from diffpost.noise import BlockNoise, Noise
 from diffpost.operators.algebra import Stack, scaled_by
-from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, numel
+from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, as_double, numel
 from diffpost.operators.nonlinear import Affine, NonlinearStack
 from diffpost.structured import WhitenedSolve, near_solve, spectral_solve, structured_solve
 
@@ -244,7 +244,7 @@ class Likelihood:
         Raises:
             ValueError: scale or offset not finite, or scale zero.
         """
-        scales, offsets = torch.as_tensor(scale), torch.as_tensor(offset)
+        scales, offsets = as_double(scale), as_double(offset)
         if not bool(scales.isfinite().all() & offsets.isfinite().all() & (scales != 0).all()):
             raise ValueError(
                 f"pullback: got scale {scale} and offset {offset}; expected finite, scale not 0."
@@ -433,7 +433,7 @@ class Likelihood:
         return found
 
     def _scale(self, s: Tensor | float, r: Tensor) -> Tensor:
-        scale = torch.as_tensor(s, device=r.device)
+        scale = as_double(s).to(r.device)
         if scale.ndim > 1 or (scale.ndim == 1 and len(scale) not in (1, len(r))):
             raise ValueError(
                 f"Likelihood: got s of shape {tuple(scale.shape)} for {len(r)} systems; expected () or ({len(r)},)."

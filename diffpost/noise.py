@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffpost.gaussian import Dense, Independent, Stationary, standard_deviation
-from diffpost.operators.base import Shape, numel
+from diffpost.operators.base import Shape, as_double, numel
 
 __all__ = ["BlockNoise", "GaussianNoise", "Noise"]
 
@@ -154,12 +154,8 @@ class GaussianNoise(Noise):
                 "cov and power."
             )
         ((self._kind, value),) = given.items()
-        values = torch.as_tensor(value)
-        if values.is_complex():
-            raise ValueError(
-                f"GaussianNoise({self._kind}=...): got complex values; expected real ones."
-            )
-        values = values.detach().double()
+        values = as_double(value)
+        values = values.detach()
         self._model: Independent | Dense | Stationary
         if self._kind == "cov":
             self._model = Dense(values)
@@ -196,8 +192,8 @@ class GaussianNoise(Noise):
         return -self.precision(r)
 
     def log_prob(self, r: Tensor) -> Tensor:
-        constant = self._model.log_normalisation(r).to(r.dtype)
-        return constant - 0.5 * self.chi2(r)
+        chi2 = self.chi2(r)
+        return self._model.log_normalisation(r).to(r.dtype) - 0.5 * chi2
 
     def sample(
         self,

@@ -72,8 +72,10 @@ def test_entries_do_not_see_each_other(solver):
     for entry in range(4):
         part = slice(entry, entry + 1)
         alone = solver(product(a[part]), b[part], tol=1e-8)
-        torch.testing.assert_close(report.x[part], alone.x, rtol=1e-9, atol=1e-22)
-        torch.testing.assert_close(report.residual[part], alone.residual, rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(
+            report.x[part], alone.x, rtol=1e-6, atol=1e-7 * float(alone.x.norm())
+        )
+        torch.testing.assert_close(report.residual[part], alone.residual, rtol=1e-4, atol=1e-8)
 
 
 def test_nonsymmetric_needs_gmres():

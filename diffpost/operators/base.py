@@ -332,6 +332,15 @@ class Parameter:
         return self._casts((x.dtype, x.device), lambda: self.value.to(x.device, x.dtype))
 
 
+def as_double(value: Any) -> Tensor:
+    """A number or tensor in float64; a Python float keeps all its digits."""
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            raise ValueError("got complex values; expected real ones.")
+        return value.double()
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
 def as_real(value: Any, name: str) -> Tensor:
     """A finite real floating tensor from what a user gave."""
     tensor = torch.as_tensor(value)

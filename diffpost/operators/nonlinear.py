@@ -18,7 +18,7 @@ from diffpost.operators.algebra import (
     same_output,
     scaled_by,
 )
-from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, numel
+from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, as_double, numel
 
 __all__ = ["Affine", "NonlinearCompose", "NonlinearScaled", "NonlinearStack", "NonlinearSum"]
 
@@ -183,8 +183,8 @@ class Affine(Operator):
     def __init__(self, operator: Operator, scale: float | Tensor, offset: float | Tensor) -> None:
         self.operator = operator
         self.scale, self.offset = scale, offset
-        self._scale = Parameter(torch.as_tensor(scale))
-        self._offset = Parameter(torch.as_tensor(offset))
+        self._scale = Parameter(as_double(scale))
+        self._offset = Parameter(as_double(offset))
         # made once: solvers are remembered by operator
         self._linear: LinearOperator | None = None
         if isinstance(operator, LinearOperator):
