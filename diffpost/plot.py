@@ -98,7 +98,8 @@ def summary(
     samples: draws of one-channel images, (n, 1, H, W).
     likelihood: what they were conditioned on; its data are an image (1, h, w).
     path: file to write (PNG, PDF, ...).
-    region: rows and columns of the draws to show; default all.
+    region: rows and columns of the draws to show, as slices with both ends, and the same part of the
+        data, which cover the same field; default all.
     pixel_scale: arcsec per pixel of the draws; draws a scale bar.
     header: with a celestial WCS of the data; draws north and east.
     unit: of the data, for the colour bars.
@@ -108,6 +109,7 @@ def summary(
     ValueError: draws or data that are not images of one channel.
     """
     draws = _stack(samples.x)
+    full = draws.shape[1]
     rows, columns = region or (slice(None), slice(None))
     draws = draws[:, rows, columns]
     mean = _stack(samples.mean[None])[0][rows, columns]
@@ -115,7 +117,10 @@ def summary(
         _stack(samples.std[None])[0][rows, columns] if len(samples) > 1 else np.zeros_like(mean)
     )
     data, noise, seen, residual = _data(samples, likelihood)
-    ratio = data.shape[0] / mean.shape[0]  # data pixels per model pixel, 1/K
+    ratio = data.shape[0] / full  # data pixels per model pixel, 1/K
+    if region is not None:
+        window = tuple(slice(round(s.start * ratio), round(s.stop * ratio)) for s in region)
+        data, seen, residual = data[window], seen[window], residual[window]
     norm = _norm(np.where(seen, data, np.nan), noise)
     model_norm = _norm(None, None, like=norm, factor=ratio**2)
 
@@ -135,7 +140,10 @@ def summary(
     )
     _outline(axes[0][1], masked, 1 / ratio)
     _bar(figure, axes[0][1], shown, flux_label)
-    spread_norm = _norm(spread, None, positive=True)
+    # Where nothing was seen the prior speaks alone; its spread would hide what the data tell.
+    known = np.kron(seen, np.ones((round(1 / ratio), round(1 / ratio)))) > 0
+    known = known if known.shape == spread.shape and known.any() else np.ones_like(spread, bool)
+    spread_norm = _norm(np.where(known, spread, np.nan), None, positive=True)
     shown = axes[0][2].imshow(
         spread, origin="lower", norm=spread_norm, cmap=_SPREAD, interpolation="nearest"
     )
@@ -173,7 +181,7 @@ def summary(
         _scale_bar(axes[0][0], pixel_scale / ratio, data.shape[1])
         _scale_bar(axes[0][1], pixel_scale, mean.shape[1])
     if header is not None:
-        _compass(axes[0][0], header, data.shape)
+        _compass(axes[0][1], header, mean.shape)
     if title:
         figure.text(0.014, 0.962, title, fontsize=19, color=_INK, weight="bold", va="center")
     if subtitle:

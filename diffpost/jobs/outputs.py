@@ -161,7 +161,7 @@ def _write_products(result: DeconvolutionResult, folder: Path) -> None:
     fine, coarse, unit = problem.model_header, problem.header, problem.unit
     cards = {
         "NDRAWS": (len(result.samples), "posterior draws"),
-        "OVERSAMP": (problem.oversample, "pixels of this map per image pixel, along a side"),
+        "OVERSAMP": (problem.oversample, "map pixels per image pixel, one side"),
     }
     per = "unit of the image" if problem.surface_brightness else "flux per pixel of this map"
     images = result.images

@@ -2,11 +2,11 @@ r"""From files or arrays to a likelihood on a grid that a prior can run on.
 
 The model is an image x of K x K pixels per image pixel on a grid with a margin around the cutout,
 
-    y = Crop PixelBin(K) Convolve(psf) x + noise,
+    y = PixelBin(K) Convolve(psf) x + noise,
 
 so that light from just outside scatters in and nothing wraps around.  The margin holds 90% of the
-PSF's flux on each side, and the sides are rounded up to what the prior's network can take.  Pixels
-without data have infinite variance.
+PSF's flux on each side, and the sides are rounded up to what the prior's network can take.  The
+margin and pixels without data have infinite variance.
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ class Grid:
         return (
             slice(self.top, self.top + self.height),
             slice(self.left, self.left + self.width),
+        )
+
+    def data_region(self, oversample: int) -> tuple[slice, slice]:
+        """The cutout on the grid at the sampling of the data."""
+        k = oversample
+        return (
+            slice(self.top // k, (self.top + self.height) // k),
+            slice(self.left // k, (self.left + self.width) // k),
         )
 
 
@@ -149,6 +157,7 @@ def prepare(
     background: str = "smooth",
     keep_neighbours: bool = False,
     exptime: float | None = None,
+    psf_error: float = 0.0,
     scale: float | None = None,
 ) -> Problem:
     """Read, check and describe a target; the arguments are those of `diffpost.deconvolve.deconvolve`.
@@ -212,6 +221,13 @@ def prepare(
     segments = inner(scene.segments.astype(float), 0.0).astype(int)
     part = Scene(level, segments, inner(scene.sky.astype(float), 0.0) > 0, scene.notes)
     residual = cut.data - level
+    if not (math.isfinite(psf_error) and psf_error >= 0):
+        raise ValueError(f"got psf_error = {psf_error}; expected a fraction such as 0.01")
+    if psf_error:
+        std = np.hypot(std, psf_error * _expected(residual))
+        notes.append(
+            f"noise: {100 * psf_error:g}% of the local flux was added in quadrature for errors of the PSF"
+        )
     std = np.where(np.isfinite(residual) & np.isfinite(std), std, np.inf)
     if not np.isfinite(std).any():
         raise ValueError("no pixel of the cutout has both data and a finite noise")
@@ -387,7 +403,7 @@ def _noise(
         notes.append(f"noise: {noise:.4g} per pixel everywhere, as given")
         return np.full(shape, float(noise)), {"noise": {"source": "given", "std": float(noise)}}
     if noise is not None:
-        return _noise_map(_image(noise, "noise map"), image, corner, around.shape, notes)  # type: ignore[arg-type]
+        return _noise_map(_image(noise, "noise map"), image, corner, around.shape, notes)
     if not image.path.startswith("<"):
         found = _noise_hdu(image)
         if found is not None:
@@ -424,16 +440,20 @@ def _noise(
             f"got an exposure time of {exptime}; expected a positive number of seconds"
         )
     if known and is_electron_rate(image.unit):
-        # The smoothed image stands in for the expectation: the noise of a pixel must not decide its
-        # own weight.
-        bright = gaussian_filter(np.where(np.isfinite(residual), residual, 0.0), 1.0)
-        variance = variance + np.clip(bright, 0, None) / float(seconds)  # type: ignore[arg-type]
-        report |= {"poisson": True, "exptime": float(seconds)}  # type: ignore[arg-type]
+        variance = variance + _expected(residual) / float(seconds)
+        report |= {"poisson": True, "exptime": float(seconds)}
         told += f"; the sources' Poisson noise was added for {seconds:.6g} s of {image.unit}"
     else:
         told += "; the sources' own Poisson noise is not known and not included"
     notes.append(told)
     return np.sqrt(variance), {"noise": report}
+
+
+def _expected(residual: Array) -> Array:
+    """The image smoothed by 1 pixel, not negative, in place of its expectation: the noise of a pixel must
+    not decide its own weight."""
+    filled = np.where(np.isfinite(residual), residual, 0.0)
+    return np.asarray(np.clip(gaussian_filter(filled, 1.0), 0, None))
 
 
 def _noise_hdu(image: FitsImage) -> FitsImage | None:

@@ -13,6 +13,7 @@ the PSF took from the peak put back by a Wiener filter.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,6 +22,7 @@ from astropy.stats import SigmaClip, mad_std
 from numpy.typing import NDArray
 from photutils.background import Background2D, MedianBackground
 from photutils.segmentation import deblend_sources, detect_sources
+from photutils.utils.exceptions import NoDetectionsWarning
 from scipy.ndimage import binary_dilation, gaussian_filter
 
 __all__ = ["Scene", "SkyNoise", "infer_scale", "read_scene", "sky_noise"]
@@ -122,7 +124,9 @@ def _detect(residual: Array, bad: Mask, sources: Mask) -> NDArray[np.int_]:
     spread = float(mad_std(smoothed[free]))
     if not spread > 0:
         spread = max(float(np.std(smoothed)) * 1e-3, 1e-300)
-    found = detect_sources(smoothed, _THRESHOLD * spread, n_pixels=_PIXELS, mask=bad)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoDetectionsWarning)  # an empty field is an answer
+        found = detect_sources(smoothed, _THRESHOLD * spread, n_pixels=_PIXELS, mask=bad)
     return np.zeros(residual.shape, dtype=int) if found is None else np.asarray(found.data)
 
 
