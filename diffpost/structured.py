@@ -8,7 +8,8 @@ is diagonal
   power spectrum) are stationary;
 * over the left singular vectors of W A, where A is a matrix: one decomposition serves every s.
 
-Elsewhere, the nearest such matrix preconditions conjugate gradients.
+Elsewhere, the data are nearly a window of a stationary field, and that field's inverse, windowed, preconditions
+conjugate gradients (:class:`Embedded`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from abc import ABC, abstractmethod
 from typing import final
 
 import torch
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 from diffpost.noise import Noise
-from diffpost.operators.base import LinearOperator, Parameter, Shape, numel
+from diffpost.operators.base import LinearOperator, Parameter, Shape, numel, on_grid
 
 __all__ = ["WhitenedSolve", "near_solve", "structured_solve"]
 
@@ -60,16 +62,30 @@ class Spectral(WhitenedSolve):
 
 
 @final
-class Observed(WhitenedSolve):
-    """Another solve among the data that count; masked data, whose rows of W are 0, are left alone."""
+class Embedded(WhitenedSolve):
+    """Nearly: the data as a window of a periodic field, with noise of one variance.
 
-    def __init__(self, inner: WhitenedSolve, seen: Tensor) -> None:
-        self._inner = inner
-        self._seen = Parameter(seen.to(torch.float32))
+    If all data had noise of variance v and lay on a periodic grid on which A A^T is diag(g) in Fourier space,
+    the inverse in the data's own units would be F^-1 1/(v + s g) F. Its window, with the whitening undone on both
+    sides, u -> S window(F^-1 1/(1 + s g/v) F pad(S u)) with S = diag(std/sqrt(v)), differs from the inverse by the edge
+    and by the noise's scatter about v, both bounded however strong the signal is. Masked data have S = 0.
+
+    Args:
+        ratio: g/v, broadcastable to (B, *data) with the grid for the last two axes.
+        size: S, broadcastable to (B, *data).
+        grid: rows and columns of the periodic grid, at least those of the data.
+    """
+
+    def __init__(self, ratio: Tensor, size: Tensor, grid: tuple[int, int]) -> None:
+        self._half, self._size = Parameter(half(ratio)), Parameter(size)
+        self._grid = grid
 
     def solve(self, u: Tensor, s: Tensor) -> Tensor:
-        seen = self._seen.like(u)
-        return seen * self._inner.solve(seen * u, s) + (1 - seen) * u
+        height, width = u.shape[-2:]
+        size = self._size.like(u)
+        divisor = 1 + _wide(s, u) * self._half.like(u)
+        full = torch.fft.irfft2(torch.fft.rfft2(u * size, s=self._grid) / divisor, s=self._grid)
+        return full[..., :height, :width] * size
 
 
 @final
@@ -145,20 +161,33 @@ def near_solve(
         data_shape: of its data.
         power: eigenvalues under the FFT2 of the image of a covariance P, for A P A^T in place of A A^T.
     """
-    spectrum = linear.gram_spectrum(input_shape, power, approximate=True)
-    if spectrum is not None:
-        stationary = noise.spectrum(data_shape)
-        if stationary is not None:
-            return Spectral(spectrum / stationary.to(spectrum.device))
-        weight = noise.weight()
-        if weight is not None and len(data_shape) >= 2:
-            full = weight.expand(torch.broadcast_shapes(weight.shape, data_shape))
-            seen = full > 0
-            count = seen.sum((-2, -1), keepdim=True).clamp_min(1)
-            mean = full.sum((-2, -1), keepdim=True) / count
-            near = Spectral(spectrum * mean.to(spectrum.device))
-            return near if bool(seen.all()) else Observed(near, seen)
-    return None
+    if len(data_shape) < 2:
+        return None
+    height, width = data_shape[-2:]
+    weight = noise.weight()
+    if weight is not None:
+        margin = linear.margin(input_shape)
+        grid = (_grid_size(height, margin[0]), _grid_size(width, margin[1]))
+        spectrum = linear.near_spectrum(input_shape, on_grid(power), grid)
+        if spectrum is None:
+            return None
+        kept = weight > 0
+        full = torch.broadcast_shapes(weight.shape, data_shape)
+        count = kept.expand(full).sum((-2, -1), keepdim=True).clamp_min(1)
+        mean = weight.expand(full).sum((-2, -1), keepdim=True) / count
+        mean = torch.where(mean > 0, mean, 1.0)
+        size = torch.where(kept, (mean / torch.where(kept, weight, 1.0)).sqrt(), 0.0)
+        return Embedded(spectrum * mean.to(spectrum.device), size, grid)
+    stationary = noise.spectrum(data_shape)
+    spectrum = linear.near_spectrum(input_shape, on_grid(power), (height, width))
+    if stationary is None or spectrum is None:
+        return None
+    return Spectral(spectrum / stationary.to(spectrum.device))
+
+
+def _grid_size(n: int, margin: int) -> int:
+    size: int = next_fast_len(n + margin, real=True) if margin else n
+    return size
 
 
 def spectral_solve(

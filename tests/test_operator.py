@@ -29,7 +29,7 @@ from diffpost.operator import (
     scaled_by,
     stack,
 )
-from diffpost.operators.base import Memo
+from diffpost.operators.base import Memo, on_grid
 
 F64 = torch.float64
 
@@ -349,24 +349,60 @@ def test_structure_that_compositions_keep():
     assert (zero @ zero).dense(shape) is None
 
 
-def test_near_spectra_are_near():
-    """The circulant that preconditions is the nearest: close for a compact PSF, and never negative."""
-    for operator, shape in (
-        (Convolve(gaussian(7, 7, 1.0)), (1, 24, 24)),
-        (Crop(2, 3, 20, 18) @ Convolve(gaussian(7, 7, 1.0)), (1, 24, 24)),
-        (PixelBin(2) @ Convolve(gaussian(7, 7, 1.0)), (1, 24, 24)),
-        (Mask(torch.ones(24, 24)) @ Convolve(gaussian(7, 7, 1.0)), (1, 24, 24)),
+@pytest.mark.parametrize("psf_size", [7, 6])
+@pytest.mark.parametrize("power", [None, "spectrum"])
+def test_near_spectra_hold_away_from_edges(psf_size, power):
+    """What preconditions is A P A^T of the infinite field: on a grid with the margin, exact for a compact PSF."""
+    psf = gaussian(psf_size, psf_size, 1.0)
+    shape = (1, 24, 24)
+    k = torch.hypot(torch.fft.fftfreq(24)[:, None], torch.fft.fftfreq(24)[None]).double()
+    spectrum = None if power is None else 1 / (0.3 + k)
+    for operator in (
+        Identity(),
+        2 * Convolve(psf),
+        Convolve(psf) @ Convolve(psf),
+        Crop(2, 3, 20, 18) @ Convolve(psf),
+        Crop(2, 3, 20, 18) @ Convolve(psf, "periodic"),
+        PixelBin(2) @ Convolve(psf),
+        Mask(torch.ones(24, 24)) @ Convolve(psf),
+        Diagonal(torch.full((1, 1, 1), 2.0)) @ Convolve(psf),
+        Convolve(psf[None, None].expand(2, 1, psf_size, psf_size)),
     ):
-        assert operator.gram_spectrum(shape) is None or isinstance(operator.outer, PixelBin)
-        g = operator.gram_spectrum(shape, approximate=True)
-        assert (g >= 0).all()
         out = operator.output_shape(shape)
-        linear = operator.bind(shape)
+        margin = operator.margin(shape)
+        grid = tuple(n + m for n, m in zip(out[-2:], margin, strict=True))
+        g = operator.near_spectrum(shape, on_grid(spectrum), grid)
+        assert (g >= 0).all()
         v = torch.zeros(1, *out, dtype=F64)
-        v[0, 0, out[1] // 2, out[2] // 2] = 1.0  # away from the edges, where both agree
-        exact = linear(linear.adjoint(v))
-        near = torch.fft.ifft2(torch.fft.fft2(v) * g).real
-        assert (exact - near).abs().max() < 0.15 * exact.abs().max()
+        v[0, 0, out[1] // 2, out[2] // 2] = 1.0
+        linear = operator.bind(shape)
+        image = linear.adjoint(v)
+        if spectrum is not None:
+            image = torch.fft.ifft2(torch.fft.fft2(image) * spectrum).real
+        exact = linear(image)[:, :1]
+        near = torch.fft.ifft2(
+            torch.fft.fft2(v[:, :1], s=grid) * g[..., :1, :, :]
+            if g.ndim > 2
+            else torch.fft.fft2(v[:, :1], s=grid) * g
+        ).real[..., : out[1], : out[2]]
+        tolerance = 1e-10 if spectrum is None else 0.05  # a spectrum is interpolated in frequency
+        assert (exact - near).abs().max() < tolerance * exact.abs().max()
+    assert Fourier().near_spectrum(shape, on_grid(None), (24, 24)) is None
+    assert (Fourier() @ Convolve(psf)).near_spectrum(shape, on_grid(None), (24, 24)) is None
+
+
+def test_on_grid():
+    """A spectrum keeps its values at common frequencies, its symmetry and its sign on any other grid."""
+    power = torch.fft.fft2(rand(3, 1, 8, 6)).abs().square()
+    finer = on_grid(power)((16, 12))
+    torch.testing.assert_close(finer[..., ::2, ::2], power)
+    torch.testing.assert_close(finer, finer.flip(-2, -1).roll((1, 1), (-2, -1)))
+    odd = on_grid(power)((13, 7))
+    assert odd.shape == (3, 1, 13, 7) and (odd >= 0).all()
+    torch.testing.assert_close(odd, odd.flip(-2, -1).roll((1, 1), (-2, -1)))
+    torch.testing.assert_close(odd[..., 0, 0], power[..., 0, 0])
+    assert on_grid(power) is not None and on_grid(power)((8, 6)) is power
+    assert on_grid(None)((5, 5)).shape == () and on_grid(power[..., :1, :1])((5, 5)).shape[-1] == 1
 
 
 def test_affine():

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from diffpost.operators.base import LinearOperator, Operator, Shape, numel
+from diffpost.operators.base import LinearOperator, Operator, PowerSpectrum, Shape, numel
 
 __all__ = [
     "Compose",
@@ -147,13 +147,23 @@ class Compose(LinearOperator):
             return None
         return self.outer.gram_diagonal(self.inner.output_shape(input_shape), inner)
 
-    def gram_spectrum(
-        self, input_shape: Shape, power: Tensor | None = None, approximate: bool = False
-    ) -> Tensor | None:
-        inner = self.inner.gram_spectrum(input_shape, power, approximate)
+    def gram_spectrum(self, input_shape: Shape, power: Tensor | None = None) -> Tensor | None:
+        inner = self.inner.gram_spectrum(input_shape, power)
         if inner is None:
             return None
-        return self.outer.gram_spectrum(self.inner.output_shape(input_shape), inner, approximate)
+        return self.outer.gram_spectrum(self.inner.output_shape(input_shape), inner)
+
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
+    ) -> Tensor | None:
+        def inner(wanted: tuple[int, int]) -> Tensor | None:
+            return self.inner.near_spectrum(input_shape, power, wanted)
+
+        return self.outer.near_spectrum(self.inner.output_shape(input_shape), inner, grid)
+
+    def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        before = self.inner.margin(input_shape, inner)
+        return self.outer.margin(self.inner.output_shape(input_shape), before)
 
 
 @final
@@ -295,12 +305,16 @@ class Scaled(LinearOperator):
     def gram_diagonal(self, input_shape: Shape, weight: Tensor | None = None) -> Tensor | None:
         return self._times(self.operator.gram_diagonal(input_shape, weight), self.factor**2)
 
-    def gram_spectrum(
-        self, input_shape: Shape, power: Tensor | None = None, approximate: bool = False
+    def gram_spectrum(self, input_shape: Shape, power: Tensor | None = None) -> Tensor | None:
+        return self._times(self.operator.gram_spectrum(input_shape, power), self.factor**2)
+
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
     ) -> Tensor | None:
-        return self._times(
-            self.operator.gram_spectrum(input_shape, power, approximate), self.factor**2
-        )
+        return self._times(self.operator.near_spectrum(input_shape, power, grid), self.factor**2)
+
+    def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        return self.operator.margin(input_shape, inner)
 
     @staticmethod
     def _times(value: Tensor | None, factor: float) -> Tensor | None:

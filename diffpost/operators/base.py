@@ -25,6 +25,8 @@ from torch import Tensor
 __all__ = ["LinearOperator", "Linearized", "Operator", "Shape"]
 
 Shape = tuple[int, ...]
+PowerSpectrum = Callable[[tuple[int, int]], Tensor | None]
+"""Spectral density on a periodic grid (h, w): real, broadcastable to (B, ..., h, w)."""
 
 
 class Operator(ABC):
@@ -151,22 +153,43 @@ class LinearOperator(Operator):
         d = self.diagonal(input_shape)
         return None if d is None else _times(d.square(), weight)
 
-    def gram_spectrum(
-        self, input_shape: Shape, power: Tensor | None = None, approximate: bool = False
-    ) -> Tensor | None:
+    def gram_spectrum(self, input_shape: Shape, power: Tensor | None = None) -> Tensor | None:
         """Eigenvalues of A P A^T under the FFT2 of the data, where they exist, otherwise None.
 
         Args:
             input_shape: of one image.
             power: eigenvalues of P under the FFT2 of the image, real, nonnegative, broadcastable to
                 (B, *input_shape); None is 1.
-            approximate: also where A P A^T is only near such a matrix: what preconditions a solve.
 
         Returns:
             Real and nonnegative, broadcastable to the data (B, *data).
         """
         h = self.spectrum(input_shape)
         return None if h is None else _times(h.abs().square(), power)
+
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
+    ) -> Tensor | None:
+        """Spectrum of A P A^T away from edges, where it is near stationary, to precondition solves.
+
+        Args:
+            input_shape: of one image.
+            power: spectrum of P on any grid (see :func:`on_grid`).
+            grid: periodic grid that holds the data, at least as large as they are.
+
+        Returns:
+            Real and nonnegative, broadcastable to (B, *data) with the grid for the last two axes, or None.
+        """
+        return None
+
+    def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """Pixels by which that grid should exceed the data, lest opposite edges see each other.
+
+        Args:
+            input_shape: of one image.
+            inner: the margin of what comes before this operator.
+        """
+        return inner
 
     def dot_test(
         self,
@@ -330,6 +353,29 @@ class Parameter:
         if self.value.dtype == x.dtype and self.value.device == x.device:
             return self.value
         return self._casts((x.dtype, x.device), lambda: self.value.to(x.device, x.dtype))
+
+
+def on_grid(power: Tensor | None) -> PowerSpectrum:
+    """A spectrum on the FFT2 of one grid as one on any, linear in frequency between its modes."""
+
+    def resampled(grid: tuple[int, int]) -> Tensor:
+        if power is None:
+            return torch.ones((), dtype=torch.float64)
+        values = power
+        for axis, n in ((-2, grid[0]), (-1, grid[1])):
+            size = values.shape[axis] if values.ndim >= -axis else 1
+            if size in (1, n):
+                continue
+            place = torch.fft.fftfreq(n, dtype=torch.float64, device=values.device) * size
+            low = place.floor()
+            shape = (-1, 1) if axis == -2 else (-1,)
+            weight = (place - low).reshape(shape).to(values.dtype)
+            below = values.index_select(axis, low.long() % size)
+            above = values.index_select(axis, (low.long() + 1) % size)
+            values = (1 - weight) * below + weight * above
+        return values
+
+    return resampled
 
 
 def as_double(value: Any) -> Tensor:

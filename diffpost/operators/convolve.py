@@ -17,7 +17,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from diffpost.operators.base import LinearOperator, Memo, Parameter, Shape, as_real
+from diffpost.operators.base import LinearOperator, Memo, Parameter, PowerSpectrum, Shape, as_real
 
 __all__ = ["Convolve"]
 
@@ -138,24 +138,28 @@ class Convolve(LinearOperator):
         self.output_shape(input_shape)
         if self.boundary != "periodic" or self._fans_out:
             return None
-        return self._full_spectrum(input_shape)
+        return self._full_spectrum((input_shape[-2], input_shape[-1]))
 
-    def _full_spectrum(self, input_shape: Shape) -> Tensor:
-        size = (input_shape[-2], input_shape[-1])
-
+    def _full_spectrum(self, size: tuple[int, int]) -> Tensor:
         def make() -> Tensor:
             return torch.fft.fft2(_wrap(self._kernel.double(), size, size))
 
         return self._memo(("full", size), make)
 
-    def gram_spectrum(
-        self, input_shape: Shape, power: Tensor | None = None, approximate: bool = False
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
     ) -> Tensor | None:
         # several PSFs of one image couple the channels of the data: only the blocks on the diagonal are kept
-        if self.spectrum(input_shape) is None and not approximate:
+        before = power(grid)
+        if before is None:
             return None
-        gram = self._full_spectrum(input_shape).abs().square()
-        return gram if power is None else gram * power.to(gram.device)
+        return self._full_spectrum(grid).abs().square() * before.to(self.psf.device)
+
+    def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        if self.boundary == "periodic":
+            return inner
+        reach = [min(k, n) - 1 for k, n in zip(self.psf.shape[-2:], input_shape[-2:], strict=True)]
+        return inner[0] + reach[0], inner[1] + reach[1]
 
 
 def _wrap(kernel: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

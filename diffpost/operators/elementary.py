@@ -12,6 +12,7 @@ from diffpost.operators.base import (
     LinearOperator,
     Memo,
     Parameter,
+    PowerSpectrum,
     Shape,
     as_real,
     check_broadcast,
@@ -43,6 +44,11 @@ class Identity(LinearOperator):
 
     def spectrum(self, input_shape: Shape) -> Tensor | None:
         return torch.ones((), dtype=torch.float64) if len(input_shape) >= 2 else None
+
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
+    ) -> Tensor | None:
+        return power(grid)
 
 
 @final
@@ -87,12 +93,10 @@ class Diagonal(LinearOperator):
         d = self.diagonal(input_shape)
         return d if self._uniform and len(input_shape) >= 2 else None
 
-    def gram_spectrum(
-        self, input_shape: Shape, power: Tensor | None = None, approximate: bool = False
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
     ) -> Tensor | None:
-        if self._uniform and len(input_shape) >= 2:
-            return super().gram_spectrum(input_shape, power, approximate)
-        return _mean_square(self.diagonal(input_shape), input_shape, power) if approximate else None
+        return _mean_square(self.diagonal(input_shape), input_shape, power(grid))
 
 
 @final
@@ -136,18 +140,17 @@ class Mask(LinearOperator):
         self.output_shape(input_shape)
         return self.m.double()
 
-    def gram_spectrum(
-        self, input_shape: Shape, power: Tensor | None = None, approximate: bool = False
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
     ) -> Tensor | None:
-        return _mean_square(self.diagonal(input_shape), input_shape, power) if approximate else None
+        return _mean_square(self.diagonal(input_shape), input_shape, power(grid))
 
 
 def _mean_square(d: Tensor, input_shape: Shape, power: Tensor | None) -> Tensor | None:
-    """The circulant nearest to diag(d) P diag(d), for d without structure: its mean square times P."""
-    if len(input_shape) < 2:
+    """The circulant nearest to diag(d) P diag(d): its mean square times P."""
+    if len(input_shape) < 2 or power is None:
         return None
-    mean = d.expand(input_shape).square().mean((-2, -1), keepdim=True)
-    return mean if power is None else mean * power.to(mean.device)
+    return d.expand(input_shape).square().mean((-2, -1), keepdim=True) * power.to(d.device)
 
 
 @final
@@ -274,20 +277,32 @@ class PixelBin(LinearOperator):
             *full.shape[: full.ndim - len(input_shape)], *self.output_shape(input_shape)
         )
 
-    def gram_spectrum(
-        self, input_shape: Shape, power: Tensor | None = None, approximate: bool = False
-    ) -> Tensor:
-        """Summing blocks is a convolution with a box and then every k-th pixel: spectra fold."""
-        *_, height, width = self.output_shape(input_shape)
+    def gram_spectrum(self, input_shape: Shape, power: Tensor | None = None) -> Tensor:
+        self.output_shape(input_shape)
         if power is None or power.ndim < 2:
             full = torch.full((), float(self.k**2), dtype=torch.float64)
             return full if power is None else full * power
-        full = power.expand(*power.shape[:-2], *input_shape[-2:])
-        folded = full * self._box(tuple(input_shape[-2:])).to(full.device)
-        return (
-            folded.unflatten(-2, (self.k, height)).unflatten(-1, (self.k, width)).sum((-4, -2))
-            / self.k**2
-        )
+        return self._fold(power.expand(*power.shape[:-2], *input_shape[-2:]))
+
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
+    ) -> Tensor | None:
+        finer = (grid[0] * self.k, grid[1] * self.k)
+        before = power(finer)
+        if before is None:
+            return None
+        front = before.shape[:-2] if before.ndim >= 2 else ()
+        return self._fold(before.expand(*front, *finer))
+
+    def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        return -(-inner[0] // self.k), -(-inner[1] // self.k)
+
+    def _fold(self, power: Tensor) -> Tensor:
+        """Summing blocks is a convolution with a box and then every k-th pixel: spectra fold."""
+        height, width = power.shape[-2] // self.k, power.shape[-1] // self.k
+        seen = power * self._box((power.shape[-2], power.shape[-1])).to(power.device)
+        blocks = seen.unflatten(-2, (self.k, height)).unflatten(-1, (self.k, width))
+        return blocks.sum((-4, -2)) / self.k**2
 
     def _box(self, size: Shape) -> Tensor:
         """|FFT2 of the k x k box|^2."""
@@ -382,29 +397,23 @@ class Crop(LinearOperator):
             return torch.ones((), dtype=torch.float64) if weight is None else weight
         return self._window(expand(weight, tuple(input_shape)))
 
-    def gram_spectrum(
-        self, input_shape: Shape, power: Tensor | None = None, approximate: bool = False
-    ) -> Tensor | None:
-        """Exact for the whole image and for white spectra; otherwise T. Chan's circulant of the window.
-
-        A window of a stationary field has its autocovariance g(d) as a Toeplitz matrix. The circulant nearest to
-        it mixes the offsets d and d - n in proportion to how many pairs of pixels have them.
-        """
+    def gram_spectrum(self, input_shape: Shape, power: Tensor | None = None) -> Tensor | None:
         self.output_shape(input_shape)
         if power is None or power.ndim < 2 or power.shape[-2:].numel() == 1:
             return torch.ones((), dtype=torch.float64) if power is None else power
-        if tuple(input_shape[-2:]) == (self.height, self.width):
-            return power
-        if not approximate:
-            return None
-        g = torch.fft.ifft2(power.expand(*power.shape[:-2], *input_shape[-2:])).real
-        for axis, n in ((-2, self.height), (-1, self.width)):
-            d = torch.arange(n, device=g.device)
-            near = (n - d).to(g.dtype) / n
-            shape = (-1, 1) if axis == -2 else (-1,)
-            other = g.index_select(axis, (d - n) % g.shape[axis])
-            g = g.index_select(axis, d) * near.reshape(shape) + other * (1 - near).reshape(shape)
-        return torch.fft.fft2(g).real.clamp_min(0)
+        return power if tuple(input_shape[-2:]) == (self.height, self.width) else None
+
+    def near_spectrum(
+        self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
+    ) -> Tensor | None:
+        return power(grid)
+
+    def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        # without one, the image was periodic, and its grid serves best
+        return (
+            inner[0] or input_shape[-2] - self.height,
+            inner[1] or input_shape[-1] - self.width,
+        )
 
 
 @final
