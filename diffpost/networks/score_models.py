@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from importlib import metadata
 from types import ModuleType
@@ -25,9 +26,10 @@ from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from diffpost.score import ScoreModel
-from diffpost.sde import SDE, VP, as_time, expand
+from diffpost.sde import SDE, TSVE, VE, VP, as_time, expand
 
 __all__ = ["ScoreModelsNet", "SigmaHeadScore", "network_options"]
 
@@ -134,7 +136,10 @@ class _Activate(nn.Module):
         return self.activation(output)
 
 
-def _contiguous(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _contiguous(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A hook that copies a permuted input, under forward-mode differentiation only: it changes the rounding."""
+    if forward_ad.unpack_dual(inputs[0]).tangent is None:
+        return None
     return (inputs[0].contiguous(), *inputs[1:])
 
 
@@ -205,8 +210,8 @@ class SigmaHeadScore(ScoreModel):
     card: what is known about the training.
 
     `denoise` uses the exact sigma(t).  `score` divides, like score_models, by sigma in the dtype of the
-    network: for VP that is sqrt(1 - exp(-I)), whose difference loses digits at small t (1e-5 of sigma
-    at t = 0.01 and percents at 1e-5, in float32).
+    network.  For VP that is sqrt(1 - exp(-I)), whose difference loses digits at small t: 1e-5 of sigma
+    at t = 0.01 and percents at 1e-5, in float32.
 
     Raises
     ------
@@ -239,10 +244,7 @@ class SigmaHeadScore(ScoreModel):
             raise ValueError(
                 f"got the shape {shape}; expected (C, H, W) with H and W divisible by {self.stride}"
             )
-        size = 1
-        for side in shape:
-            size *= side
-        if self.net.flat and size != config["dimensions"]:
+        if self.net.flat and math.prod(shape) != config["dimensions"]:
             raise ValueError(f"got the shape {shape}; the MLP takes {config['dimensions']} numbers")
         channels = config.get("channels", shape[0])
         if not self.net.flat and shape[0] != channels:
@@ -296,10 +298,21 @@ class SigmaHeadScore(ScoreModel):
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """net(t, x)/sigma(t), (B, *shape), in the dtype of x."""
         t = as_time(t, x)
-        if isinstance(self.sde, VP):
-            s = t.to(self.dtype)
-            integral = 0.5 * (self.sde.beta_max - self.sde.beta_min) * s**2 + self.sde.beta_min * s
-            sigma = (1.0 - torch.exp(-integral)).sqrt()
-        else:
-            sigma = self.sde.sigma(t)
+        sigma = _sigma_of_score_models(self.sde, t.to(self.dtype))
         return self._predict(x, t) / expand(sigma, x)
+
+
+def _sigma_of_score_models(sde: SDE, t: Tensor) -> Tensor:
+    """sigma(t) by the formulas of score_models 0.5.11, whose rounding in float32 shows in its scores."""
+    match sde:
+        case VE():
+            return sde.sigma_min * (sde.sigma_max / sde.sigma_min) ** (t / sde.T)
+        case VP():
+            integral = 0.5 * (sde.beta_max - sde.beta_min) * t**2 + sde.beta_min * t
+            return (1.0 - torch.exp(-integral)).sqrt()
+        case TSVE(ramp="relu"):
+            low, high = math.log(sde.sigma_min), math.log(sde.sigma_max)
+            ramp = -sde.beta * torch.relu(t / sde.T - sde.t_star)
+            return torch.exp(ramp + (high - low) * t / sde.T + low)
+        case _:
+            return sde.sigma(t)
