@@ -443,4 +443,5 @@ class Fourier(LinearOperator):
             raise ValueError(
                 f"Fourier(): adjoint got {tuple(v.shape)}; expected (B, ..., H, W, 2)."
             )
-        return torch.fft.ifft2(torch.view_as_complex(v.contiguous()), norm="ortho").real
+        # not view_as_complex: the v of joint data may start at an odd place in memory
+        return torch.fft.ifft2(torch.complex(v[..., 0], v[..., 1]), norm="ortho").real

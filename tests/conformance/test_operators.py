@@ -88,6 +88,7 @@ CASES = {
     "scaled": (2.5 * Convolve(rand(3, 3)), (1, 6, 8)),
     "scaled matrix": (-Matrix(rand(3, 48)), (1, 6, 8)),
     "stack": (Stack([Convolve(rand(3, 3)), PixelBin(2), Matrix(rand(4, 48))]), (1, 6, 8)),
+    "stack at an odd offset": (Stack([Matrix(rand(1, 24)), Fourier()]), (1, 4, 6)),
     "stack of matrices": (Stack([Matrix(rand(4, 7)), Matrix(rand(2, 7))]), (7,)),
     "linearised": (Square().linearize(rand(2, 1, 4, 6, seed=3)), (1, 4, 6)),
     "linearised inside": (
