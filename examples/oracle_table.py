@@ -86,14 +86,15 @@ def cases(oracle: FieldOracle) -> Iterator[tuple[str, str, Posterior, Sampler]]:
             covariance=IsotropicCovariance(1.0), differentiate=False
         ),
         "`PiGDM()`": PiGDM(),
+        "`PiGDM(variance=400)`": PiGDM(variance=400.0),
         "`Convolved()`": Convolved(),
         "`DPS()`": DPS(),
-        "`DPS(scale=0.1)`": DPS(scale=0.1),
         "`DPS(normalise=False)`": DPS(normalise=False),
     }
     for guidance_name, guidance in guidances.items():
         for sampler_name, sampler in SAMPLERS.items():
             yield guidance_name, sampler_name, oracle.posterior(guidance), sampler
+    yield "`DPS()`", "EulerMaruyama(1000)", oracle.posterior(DPS()), EulerMaruyama(1000)
     spectra = error_spectra(oracle)
     network = AsNetwork(oracle.prior)
     by_vjp: dict[str, Guidance] = {
@@ -119,6 +120,8 @@ def row(oracle: FieldOracle, posterior: Posterior, sampler: Sampler, n: int, see
     except NonFiniteError:
         return "diverges | | | | | | "
     report = oracle.report(draws.x)
+    if report.mean_error > 1e4 * report.floor:
+        return "diverges | | | | | | "
     numbers = [_short(report.mean_error / report.floor), *map(_short, report.ratios)]
     fit = chi2(draws, oracle.likelihood).reduced.mean()
     return " | ".join([*numbers, _short(float(fit)), str(draws.calls), f"{draws.vjps:g}"])

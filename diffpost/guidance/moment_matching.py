@@ -53,13 +53,14 @@ class MomentMatching(Guidance):
         covariance: None for the exact C_t, otherwise a model of it (:class:`IsotropicCovariance`,
             :class:`SpectralCovariance`).
         differentiate: only with a model of C_t. True differentiates D, so that the gradient is that
-            of the Gaussian above with C_t held fixed: sigma^2/alpha J^T A^T (...)^-1 r. False
-            writes C_t for sigma^2/alpha J^T, D_y = D + C_t A^T (...)^-1 r: no network VJP, about
-            2.7 times cheaper. Both agree where the model is exact. Where it is not, False moves
-            pixels by how uncertain they are on average instead of for this image (an empty sky is
-            moved as much as a galaxy), so data are followed less closely at the noise levels where
-            structure is decided; the end of the trajectory, C_t = nsr^2 I, is the same.
-
+            of the Gaussian above with C_t held fixed: sigma^2/alpha J^T A^T (...)^-1 r. False writes
+            C_t for sigma^2/alpha J^T, D_y = D + C_t A^T (...)^-1 r: no network VJP, about 2.7 times
+            cheaper. Both agree where the model is exact. Where it is not, False moves pixels by how
+            uncertain they are on average instead of for this image (an empty sky is moved as much
+            as a galaxy), so data are followed less closely at the noise levels where structure is
+            decided; the end of the trajectory, C_t = nsr^2 I, is the same. True moves a mode by the
+            ratio of its true variance to the model's, too far where the model is too small by
+            several times, and then samplers diverge; False never overshoots the data.
         precondition: with the exact C_t, a model of it that preconditions the solve: the same answer in
             fewer VJPs. None is an isotropic one of unit variance.
         solver: of the exact C_t's system. A network's Jacobian is symmetric only as far as it was trained

@@ -26,7 +26,9 @@ class PiGDM(Guidance):
 
     Exact for a white Gaussian prior of variance v. For images, whose large scales vary far more
     than v and whose small scales far less, the covariance is too small on large scales and too
-    large on small ones.
+    large on small ones. The shift of a mode of true variance c is c/r_t^2 times what data of high
+    signal-to-noise ask for: where c is many times r_t^2, samplers overshoot and diverge, and v
+    must be raised towards the variance of the largest scales.
 
     Costs one denoiser evaluation and one VJP, and a solve with Sigma + r_t^2 A A^T.
 
