@@ -6,6 +6,8 @@ is diagonal
 * over pixels, where the gram A A^T is (masks, scalings, block sums, crops) and the noise is independent;
 * over Fourier modes, where A A^T (periodic convolutions, and block sums of them) and Sigma (white, or with a
   power spectrum) are stationary;
+* in blocks over Fourier modes, where several such data show one image of one channel (several PSFs, or joint data
+  on the same pixels): I + s a a^H in each mode;
 * over the left singular vectors of W A, where A is a matrix: one decomposition serves every s.
 
 Elsewhere, the data are nearly a window of a stationary field, and that field's inverse, windowed, preconditions
@@ -22,6 +24,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from diffpost.noise import Noise
+from diffpost.operators.algebra import Stack
 from diffpost.operators.base import LinearOperator, Parameter, Shape, numel, on_grid
 
 __all__ = ["WhitenedSolve", "near_solve", "structured_solve"]
@@ -89,6 +92,46 @@ class Embedded(WhitenedSolve):
 
 
 @final
+class RankOne(WhitenedSolve):
+    """K data of one image: W A x = a x in Fourier space, a (K, h, w), and I + s a a^H mode by mode.
+
+    Exact for stationary data on their own grid; otherwise windowed and weighted as :class:`Embedded`.
+
+    Args:
+        vectors: a, (..., K, h, w) on the grid.
+        size: S, broadcastable to (B, K, rows, columns).
+        grid: rows and columns of the periodic grid.
+        view: (K, rows, columns) of the data.
+    """
+
+    def __init__(
+        self, vectors: Tensor, size: Tensor, grid: tuple[int, int], view: tuple[int, int, int]
+    ) -> None:
+        kept = half(vectors)
+        self._real, self._imag = Parameter(kept.real), Parameter(kept.imag)
+        self._size, self._grid, self._view = Parameter(size), grid, view
+
+    def solve(self, u: Tensor, s: Tensor) -> Tensor:
+        data = u.reshape(-1, *self._view)
+        size = self._size.like(u)
+        a = torch.complex(self._real.like(u), self._imag.like(u))
+        norm = a.abs().square().sum(-3, keepdim=True)
+        inverse = torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
+
+        def along(t: Tensor) -> Tensor:
+            return a * ((a.conj() * t).sum(-3, keepdim=True) * inverse)
+
+        t = torch.fft.rfft2(data * size, s=self._grid)
+        inside = along(t)
+        outside = t - inside
+        # what rounding left inside would be multiplied by a large s |a|^2 later
+        outside = outside - along(outside)
+        full = torch.fft.irfft2(inside / (1 + _wide(s, data) * norm) + outside, s=self._grid)
+        _, height, width = self._view
+        return (full[..., :height, :width] * size).reshape(u.shape)
+
+
+@final
 class Singular(WhitenedSolve):
     """W A = U diag(l) V^T, decomposed once, in float64."""
 
@@ -122,6 +165,9 @@ def structured_solve(
     spectrum = linear.gram_spectrum(input_shape)
     if power is not None and spectrum is not None:
         return Spectral(spectrum / power.to(spectrum.device))
+    joint = _rank_one(linear, noise, input_shape, data_shape, None, exactly=True)
+    if joint is not None:
+        return joint
     batched = weight is not None and weight.ndim > len(data_shape)
     matrix = None if batched else linear.dense(input_shape)
     dense_noise = weight is None and noise.size is not None
@@ -161,6 +207,9 @@ def near_solve(
         data_shape: of its data.
         power: eigenvalues under the FFT2 of the image of a covariance P, for A P A^T in place of A A^T.
     """
+    joint = _rank_one(linear, noise, input_shape, data_shape, power, exactly=False)
+    if joint is not None:
+        return joint
     if len(data_shape) < 2:
         return None
     height, width = data_shape[-2:]
@@ -171,18 +220,64 @@ def near_solve(
         spectrum = linear.near_spectrum(input_shape, on_grid(power), grid)
         if spectrum is None:
             return None
-        kept = weight > 0
-        full = torch.broadcast_shapes(weight.shape, data_shape)
-        count = kept.expand(full).sum((-2, -1), keepdim=True).clamp_min(1)
-        mean = weight.expand(full).sum((-2, -1), keepdim=True) / count
-        mean = torch.where(mean > 0, mean, 1.0)
-        size = torch.where(kept, (mean / torch.where(kept, weight, 1.0)).sqrt(), 0.0)
+        mean, size = _typical(weight.expand(torch.broadcast_shapes(weight.shape, data_shape)))
         return Embedded(spectrum * mean.to(spectrum.device), size, grid)
     stationary = noise.spectrum(data_shape)
     spectrum = linear.near_spectrum(input_shape, on_grid(power), (height, width))
     if stationary is None or spectrum is None:
         return None
     return Spectral(spectrum / stationary.to(spectrum.device))
+
+
+def _typical(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean weight of the data that count over the last two axes, and sqrt(mean/weight), 0 where masked."""
+    kept = weight > 0
+    count = kept.sum((-2, -1), keepdim=True).clamp_min(1)
+    mean = weight.sum((-2, -1), keepdim=True) / count
+    mean = torch.where(mean > 0, mean, 1.0)
+    return mean, torch.where(kept, (mean / torch.where(kept, weight, 1.0)).sqrt(), 0.0)
+
+
+def _rank_one(
+    linear: LinearOperator,
+    noise: Noise,
+    input_shape: Shape,
+    data_shape: Shape,
+    power: Tensor | None,
+    exactly: bool,
+) -> WhitenedSolve | None:
+    """The solve for several data of one image on one grid of pixels, or None."""
+    shapes = (
+        [op.output_shape(input_shape) for op in linear.operators]
+        if isinstance(linear, Stack)
+        else [data_shape]
+    )
+    if numel(input_shape[:-2]) != 1 or any(len(shape) not in (2, 3) for shape in shapes):
+        return None
+    channels = sum(numel(shape[:-2]) for shape in shapes)
+    height, width = shapes[0][-2:]
+    weight = noise.weight()
+    alone = channels == 1 and not isinstance(linear, Stack)
+    if alone or weight is None or channels * height * width != numel(data_shape):
+        return None
+    margin = linear.margin(input_shape)
+    grid = (_grid_size(height, margin[0]), _grid_size(width, margin[1]))
+    transfer = linear.near_transfer(input_shape, grid)
+    if transfer is None or (exactly and margin != (0, 0)):
+        return None
+    full = weight.expand(torch.broadcast_shapes(weight.shape, data_shape))
+    front = full.shape[: full.ndim - len(data_shape)]
+    mean, size = _typical(full.reshape(*front, channels, height, width))
+    if exactly and not bool(((size - 1).abs() < 1e-9).all()):
+        return None
+    before = on_grid(power)(grid)
+    if before is None:
+        return None
+    strength = (mean.to(before.device) * before).sqrt().to(transfer.device)
+    vectors = (transfer.to(torch.complex128) * strength).expand(
+        *strength.shape[:-3], channels, *grid
+    )
+    return RankOne(vectors, size, grid, (channels, height, width))
 
 
 def _grid_size(n: int, margin: int) -> int:
@@ -197,7 +292,7 @@ def spectral_solve(
     spectrum = linear.gram_spectrum(input_shape, power)
     stationary = noise.spectrum(data_shape)
     if spectrum is None or stationary is None:
-        return None
+        return _rank_one(linear, noise, input_shape, data_shape, power, exactly=True)
     return Spectral(spectrum / stationary.to(spectrum.device))
 
 

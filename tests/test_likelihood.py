@@ -496,6 +496,62 @@ def test_solve_spectral(name, noise_name):
     torch.testing.assert_close(shared.x[1], report.x[1], rtol=1e-6, atol=1e-7)
 
 
+SEVERAL = torch.stack([psf(5, 0.7), psf(5, 1.0), psf(5, 1.6)])[:, None]
+TOGETHER = {
+    "several psfs": (Convolve(SEVERAL, "periodic"), True),
+    "several psfs, scaled": (-2.0 * Convolve(SEVERAL, "periodic"), True),
+    "joint": (
+        Stack([Convolve(psf(), "periodic"), 3 * Identity(), Convolve(psf(3), "periodic")]),
+        True,
+    ),
+    "joint of several": (Stack([Convolve(SEVERAL, "periodic"), Identity()]), True),
+    "several psfs, zero": (Convolve(SEVERAL), False),
+    "joint, zero": (Stack([Convolve(psf()), Convolve(psf(3), "periodic")]), False),
+    "joint, cropped": (Stack([Crop(1, 1, 6, 7), Crop(0, 1, 6, 7) @ Convolve(psf())]), False),
+    "joint on other pixels": (Stack([Convolve(psf()), PixelBin(2)]), None),
+}
+
+
+@pytest.mark.parametrize("noise_name", ["white", "masked", "rows"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_several_data_of_one_image(name, noise_name):
+    """Direct where all parts are stationary on one grid; near-direct solves elsewhere; always the dense solution."""
+    operator, stationary = TOGETHER[name]
+    linear = operator.bind(SHAPE)
+    out = operator.output_shape(SHAPE)
+    std = torch.full(out, 0.2, dtype=F64)
+    if noise_name == "masked":
+        std = std * (1 + 0.3 * rand(*out).tanh())
+        std.flatten()[3:9] = INF
+    if noise_name == "rows":
+        std = torch.stack([std, 2 * std, 0.5 * std])
+    noise = GaussianNoise(std=std)
+    like = Likelihood(rand(3, *out), operator, noise, batched=True)
+    r, s = rand(3, *out, seed=4), torch.tensor([0.0, 1.0, 1e4], dtype=F64)
+    report = like.solve_operator(linear, r, s, tol=1e-10, max_iter=2000)
+    power = even_power(8)[None] * torch.tensor([0.0, 1.0, 1e4], dtype=F64).reshape(3, 1, 1, 1)
+    spectral = like.solve_spectral(linear, r, power, tol=1e-10, max_iter=2000)
+    direct = bool(stationary) and noise_name != "masked"
+    assert (report.iterations == 0) == direct and (spectral.iterations == 0) == direct
+    a = explicit(operator, SHAPE)
+    eye = torch.eye(64, dtype=F64).reshape(64, *SHAPE)
+    for b in range(3):
+        variance = (std[b] if noise_name == "rows" else std).flatten().square()
+        keep = variance.isfinite()
+        p = torch.fft.ifft2(torch.fft.fft2(eye) * power[b]).real.reshape(64, 64)
+        for got, cov in ((report.x, s[b] * torch.eye(64, dtype=F64)), (spectral.x, p)):
+            full = torch.diag(variance[keep]) + (a @ cov @ a.T)[keep][:, keep]
+            want = torch.linalg.solve(full, r[b].flatten()[keep])
+            error = (got[b].flatten()[keep] - want).norm() / want.norm()
+            assert error < 1e-5
+    if direct:  # in single precision, with data as they come: signal of variance s, and noise
+        x = s.sqrt()[:, None, None, None] * rand(3, *SHAPE, seed=8)
+        r = linear(x) + noise.sample((3, *out), seed=1, dtype=F64)
+        want = linear.adjoint(like.solve_operator(linear, r, s).x).flatten(1)
+        got = linear.adjoint(like.solve_operator(linear, r.float(), s).x.double()).flatten(1)
+        assert ((got - want).norm(dim=1) / want.norm(dim=1)).max() < 2e-3
+
+
 def test_nonlinear_operators_use_the_linearisation():
     operator, noise = PROBLEMS["nonlinear"]
     like = Likelihood(rand(3, 1, 4, 4), operator, noise)

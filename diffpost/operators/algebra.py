@@ -161,6 +161,14 @@ class Compose(LinearOperator):
 
         return self.outer.near_spectrum(self.inner.output_shape(input_shape), inner, grid)
 
+    def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
+        inner = self.inner.near_transfer(input_shape, grid)
+        middle = self.inner.output_shape(input_shape)
+        if inner is None or (len(middle) > 2 and middle[0] != 1):
+            return None
+        outer = self.outer.near_transfer(middle, grid)
+        return None if outer is None else outer * inner
+
     def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         before = self.inner.margin(input_shape, inner)
         return self.outer.margin(self.inner.output_shape(input_shape), before)
@@ -313,6 +321,9 @@ class Scaled(LinearOperator):
     ) -> Tensor | None:
         return self._times(self.operator.near_spectrum(input_shape, power, grid), self.factor**2)
 
+    def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
+        return self._times(self.operator.near_transfer(input_shape, grid), self.factor)
+
     def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         return self.operator.margin(input_shape, inner)
 
@@ -422,6 +433,23 @@ class Stack(LinearOperator):
         parts = [op.dense(shape) for op in self.operators]
         known = [p for p in parts if p is not None]
         return torch.cat(known) if len(known) == len(parts) else None
+
+    def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
+        """The channels of all parts, where they share a grid of pixels."""
+        shapes = [op.output_shape(input_shape) for op in self.operators]
+        if any(len(shape) not in (2, 3) or shape[-2:] != shapes[0][-2:] for shape in shapes):
+            return None
+        parts = []
+        for op, shape in zip(self.operators, shapes, strict=True):
+            part = op.near_transfer(input_shape, grid)
+            if part is None:
+                return None
+            parts.append(part.to(torch.complex128).expand(numel(shape[:-2]), *grid))
+        return torch.cat([part.to(parts[0].device) for part in parts])
+
+    def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        margins = [op.margin(input_shape, inner) for op in self.operators]
+        return max(m[0] for m in margins), max(m[1] for m in margins)
 
 
 def scaled_by(operator: LinearOperator, factor: float | Tensor) -> LinearOperator:

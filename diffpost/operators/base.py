@@ -182,6 +182,13 @@ class LinearOperator(Operator):
         """
         return None
 
+    def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
+        """h with A x = h x in Fourier space away from edges, for images of one channel and any number of data.
+
+        Exact on the data's own grid if ``margin`` is zero. Broadcastable to (K, *grid), or None.
+        """
+        return None
+
     def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """Pixels by which that grid should exceed the data, lest opposite edges see each other.
 

@@ -17,7 +17,15 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from diffpost.operators.base import LinearOperator, Memo, Parameter, PowerSpectrum, Shape, as_real
+from diffpost.operators.base import (
+    LinearOperator,
+    Memo,
+    Parameter,
+    PowerSpectrum,
+    Shape,
+    as_real,
+    numel,
+)
 
 __all__ = ["Convolve"]
 
@@ -154,6 +162,9 @@ class Convolve(LinearOperator):
         if before is None:
             return None
         return self._full_spectrum(grid).abs().square() * before.to(self.psf.device)
+
+    def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
+        return self._full_spectrum(grid) if numel(input_shape[:-2]) == 1 else None
 
     def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         if self.boundary == "periodic":

@@ -50,6 +50,9 @@ class Identity(LinearOperator):
     ) -> Tensor | None:
         return power(grid)
 
+    def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
+        return self.spectrum(input_shape)
+
 
 @final
 class Diagonal(LinearOperator):
@@ -97,6 +100,9 @@ class Diagonal(LinearOperator):
         self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
     ) -> Tensor | None:
         return _mean_square(self.diagonal(input_shape), input_shape, power(grid))
+
+    def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
+        return self.spectrum(input_shape)
 
 
 @final
@@ -408,12 +414,15 @@ class Crop(LinearOperator):
     ) -> Tensor | None:
         return power(grid)
 
+    def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
+        """The shift by its corner, which matters beside other data of the image."""
+        rows = torch.fft.fftfreq(grid[0], dtype=torch.float64)[:, None] * self.top
+        columns = torch.fft.fftfreq(grid[1], dtype=torch.float64)[None, :] * self.left
+        return torch.exp(2j * torch.pi * (rows + columns))
+
     def margin(self, input_shape: Shape, inner: tuple[int, int] = (0, 0)) -> tuple[int, int]:
-        # without one, the image was periodic, and its grid serves best
-        return (
-            inner[0] or input_shape[-2] - self.height,
-            inner[1] or input_shape[-1] - self.width,
-        )
+        # the grid of the whole image: it may be periodic, and other data may show another window
+        return inner[0] + input_shape[-2] - self.height, inner[1] + input_shape[-1] - self.width
 
 
 @final

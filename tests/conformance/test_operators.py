@@ -178,6 +178,20 @@ def check_batch(operator, shape):
     )
 
 
+def check_transfer(linear, shape, images, matrix):
+    """Exact where the operator asks for no margin: every channel of the data is a filter of the image."""
+    if len(shape) < 2 or linear.margin(shape) != (0, 0) or isinstance(linear, Stack):
+        return
+    out = linear.output_shape(shape)
+    grid = out[-2:]
+    h = linear.near_transfer(shape, grid)
+    if h is not None:
+        filtered = torch.fft.ifft2(torch.fft.fft2(images) * h).real
+        torch.testing.assert_close(
+            filtered.flatten(1).T, matrix, rtol=1e-10, atol=1e-11 * float(matrix.abs().max())
+        )
+
+
 def check_structure(operator, shape):
     """What the operator says of itself against its matrix."""
     if operator.batch is not None:  # one operator an entry: there is no single matrix
@@ -204,6 +218,7 @@ def check_structure(operator, shape):
         torch.testing.assert_close(
             filtered.real.flatten(1).T, matrix, rtol=1e-10, atol=1e-11 * size
         )
+    check_transfer(linear, shape, images, matrix)
     weight = rand(*shape, seed=5).square()
     for w in (None, torch.tensor(0.7, dtype=F64), weight, torch.stack([weight, 2 * weight])):
         g = operator.gram_diagonal(shape, w)
