@@ -77,6 +77,7 @@ STARLET_SCALES, WIENER_SIZE, WIENER_NOISE, GRAIN = 4, 5, 2.0, 0.25  # see `quiet
 CRACK_DEPTH, CRACK_LENGTH = 12, 0.1  # 8-bit levels; of the width
 BAD_SKY = 20  # 8-bit sky level of Galaxy Zoo 2 frames, whose sky is black by design
 HELDOUT = 10  # one galaxy in ten
+SHEET = 120  # frames on a contact sheet
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,7 @@ def prepare(frames: Iterator[Frame], out: Path, sheets: Path | None) -> dict[str
     kept: dict[bool, list[tuple[str, NDArray[np.float16]]]] = {True: [], False: []}
     counts: Counter[str] = Counter()
     examples: dict[str, list[Array]] = defaultdict(list)
+    chosen = np.random.default_rng(1)
     noise: list[tuple[float, float]] = []
     survey = ""
     for frame in frames:
@@ -339,6 +341,7 @@ def prepare(frames: Iterator[Frame], out: Path, sheets: Path | None) -> dict[str
         gray = frame.gray - level
         reason = verdict(frame, gray, sigma)
         counts[reason] += 1
+        show = gray / max(smoothed_peak(gray), 1e-6)
         if reason == "kept":
             clean = quieten(gray, frame.slope)
             peak = smoothed_peak(clean)
@@ -346,10 +349,9 @@ def prepare(frames: Iterator[Frame], out: Path, sheets: Path | None) -> dict[str
             noise.append((sigma / peak, sky(clean)[1]))
             pair = (frame.name, clean.astype(np.float16))
             kept[held_out(survey, frame.galaxy)].append(pair)
-            examples[reason].append(clean)
-            examples["unfiltered"].append(gray / peak)
-        else:
-            examples[reason].append(gray / max(smoothed_peak(gray), 1e-6))
+            show = np.hstack([show, clean])
+        if sheets is not None:
+            _keep_some(examples[reason], show, counts[reason], chosen)
     total = sum(counts.values())
     part: dict[str, object] = {"frames": total, "kept_share": round(counts["kept"] / total, 4)}
     part["counts"] = dict(sorted(counts.items()))
@@ -367,20 +369,30 @@ def prepare(frames: Iterator[Frame], out: Path, sheets: Path | None) -> dict[str
         part[name] = len(names)
     if sheets is not None:
         sheets.mkdir(parents=True, exist_ok=True)
-        for reason, images in examples.items():
-            contact_sheet(images, sheets / f"{survey}_{reason.replace(' ', '_')}.png")
+        for reason, shown in examples.items():
+            contact_sheet(shown, sheets / f"{survey}_{reason.replace(' ', '_')}.png")
     return part
 
 
-def contact_sheet(images: list[Array], path: Path, count: int = 120, columns: int = 15) -> None:
-    """Up to `count` frames with an asinh stretch whose softening is 0.005 of the peak."""
-    chosen = np.random.default_rng(1).permutation(len(images))[:count]
-    rows = -(-len(chosen) // columns)
-    sheet = Image.new("L", (columns * 96, rows * 96))
-    for place, i in enumerate(sorted(chosen)):
-        shown = np.arcsinh(images[i] / 0.005) / np.arcsinh(1 / 0.005)
+def _keep_some(some: list[Array], image: Array, seen: int, chosen: np.random.Generator) -> None:
+    """Reservoir sampling: each of the images seen so far is among the SHEET with equal chance."""
+    if len(some) < SHEET:
+        some.append(image)
+    elif (place := int(chosen.integers(seen))) < SHEET:
+        some[place] = image
+
+
+def contact_sheet(images: list[Array], path: Path, columns: int = 15) -> None:
+    """Frames with an asinh stretch whose softening is 0.005 of the peak; kept ones before and after."""
+    wide = images[0].shape[1] // images[0].shape[0]
+    columns //= wide
+    rows = -(-len(images) // columns)
+    sheet = Image.new("L", (columns * wide * 96, rows * 96))
+    for place, image in enumerate(images):
+        shown = np.arcsinh(image / 0.005) / np.arcsinh(1 / 0.005)
         tile = Image.fromarray(np.uint8(255 * np.clip(shown * 0.9 + 0.1, 0, 1)))
-        sheet.paste(tile.resize((94, 94)), (place % columns * 96, place // columns * 96))
+        tile = tile.resize((96 * wide - 2, 94))
+        sheet.paste(tile, (place % columns * 96 * wide, place // columns * 96))
     sheet.save(path)
 
 
