@@ -1,7 +1,7 @@
 """The covariances behind Gaussian noise: independent data, a dense matrix, a power spectrum.
 
-Each whitens (W with W^T W = Sigma^-1), colours (a root of Sigma) and knows log det Sigma. Kept in float64,
-applied in the dtype of the data.
+Each whitens (W with W^T W = Sigma^-1), colours (a root of Sigma) and knows log det Sigma. Kept in
+float64, applied in the dtype of the data.
 """
 
 from __future__ import annotations

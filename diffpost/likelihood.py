@@ -2,10 +2,10 @@
 
     y = A(x) + n:   log p(y | x) = log p_n(y - A(x)),   grad_x = -A'(x)^T (d log p_n/dr)(y - A(x)).
 
-Samplers need two things beyond the gradient. A change of units: a prior lives in its own, x_physical = scale x +
-offset, and ``pullback`` carries the data there. And solves with Sigma + A C A^T, the covariance of the data when x
-has covariance C: directly where the structure of A and Sigma allows (see :mod:`diffpost.structured`), otherwise by
-conjugate gradients on the whitened system
+Samplers need two things beyond the gradient. A change of units: a prior lives in its own,
+x_physical = scale x + offset, and ``pullback`` carries the data there. And solves with Sigma + A C
+A^T, the covariance of the data when x has covariance C: directly where the structure of A and Sigma
+allows (see :mod:`diffpost.structured`), otherwise by conjugate gradients on the whitened system
 
     (I + W A C A^T W^T) u = W r,     v = W^T u = (Sigma + A C A^T)^-1 r,     W^T W = Sigma^-1,
 
@@ -53,20 +53,21 @@ class Likelihood:
     """p(y | x) for y = A(x) + n.
 
     Args:
-        y: (*data), the same for every sample, or (B, *data), row b for sample b. Values that are NaN or
-            infinite are allowed where the noise has infinite variance.
+        y: (*data), the same for every sample, or (B, *data), row b for sample b. Values that are
+            NaN or infinite are allowed where the noise has infinite variance.
         operator: A.
         noise: the distribution of n.
-        batched: whether the first axis of y is a batch. None decides by the shapes that operator and noise fix, and
-            otherwise takes images to be (C, H, W): four axes have a batch. ``bind`` settles it.
+        batched: whether the first axis of y is a batch. None decides by the shapes that operator
+            and noise fix, and otherwise takes images to be (C, H, W): four axes have a batch.
+            ``bind`` settles it.
 
     Attributes:
         y: the data, with zeros where the noise has infinite variance and y was not finite.
         operator, noise: as given.
 
     Raises:
-        ValueError: y not of the shape of the operator's data or of the noise; NaN or infinite data of
-            finite variance.
+        ValueError: y not of the shape of the operator's data or of the noise; NaN or infinite data
+            of finite variance.
     """
 
     def __init__(
@@ -132,8 +133,8 @@ class Likelihood:
         """y - A(x), 0 where masked: (B, *shape) to (B, *data).
 
         Raises:
-            ValueError: the operator makes data of another shape than y, or y has rows and x has not as many
-                entries.
+            ValueError: the operator makes data of another shape than y, or y has rows and x has not
+                as many entries.
         """
         model = self.operator(x)
         data, rows = tuple(model.shape[1:]), self._rows.like(model)
@@ -158,7 +159,9 @@ class Likelihood:
         return -self.operator.linearize(x).adjoint(self.noise.score(self.residual(x)))
 
     def chi2(self, x: Tensor) -> Tensor:
-        """(y - A x)^T Sigma^-1 (y - A x): (B, *shape) to (B,). Its expectation at the truth is ndata."""
+        """(y - A x)^T Sigma^-1 (y - A x): (B, *shape) to (B,). Its expectation at the truth is
+        ndata.
+        """
         return self.noise.chi2(self.residual(x))
 
     # other views of the same data --------------------------------------------------------------
@@ -238,8 +241,9 @@ class Likelihood:
             offset: likewise.
 
         Returns:
-            For a linear A, a linear A' with A's structure (for an offset, if the shape of the image follows from
-            that of the data or ``bind`` told it); otherwise z -> A(scale z + offset) on the same y.
+            For a linear A, a linear A' with A's structure (for an offset, if the shape of the image
+            follows from that of the data or ``bind`` told it); otherwise z -> A(scale z + offset)
+            on the same y.
 
         Raises:
             ValueError: scale or offset not finite, or scale zero.
@@ -285,7 +289,8 @@ class Likelihood:
     ) -> SolveReport:
         """Solves (Sigma + s L L^T) v = r for L the operator, or its linearisation.
 
-        Direct where L and the noise have structure, otherwise by preconditioned conjugate gradients.
+        Direct where L and the noise have structure, otherwise by preconditioned conjugate
+        gradients.
 
         Args:
             linear: L, as ``operator.linearize(x)`` returns it.
@@ -347,10 +352,11 @@ class Likelihood:
             r: (B, *data).
             tol: relative residual, in whitened units, at which the iteration stops.
             max_iter: most products with C.
-            s_precond: what C is like, to precondition: a number or (B,) for C = s I, or the eigenvalues of C
-                under the FFT2 of the image, at least two axes, broadcastable to (B, *shape). None
-                does not precondition.
-            solver: ``cg``, or ``gmres`` for a C that is not symmetric, as the Jacobian of a network may be.
+            s_precond: what C is like, to precondition: a number or (B,) for C = s I, or the
+                eigenvalues of C under the FFT2 of the image, at least two axes, broadcastable to
+                (B, *shape). None does not precondition.
+            solver: ``cg``, or ``gmres`` for a C that is not symmetric, as the Jacobian of a network
+                may be.
 
         Returns:
             A report; ``.x`` is v, (B, *data), 0 where masked.
@@ -386,7 +392,8 @@ class Likelihood:
     ) -> SolveReport:
         """Solves (Sigma + L P L^T) v = r for P = F^-1 diag(power) F, F the FFT2 of the image.
 
-        Direct where L P L^T and the noise are stationary, otherwise by preconditioned conjugate gradients.
+        Direct where L P L^T and the noise are stationary, otherwise by preconditioned conjugate
+        gradients.
 
         Args:
             linear: L, as ``operator.linearize(x)`` returns it.

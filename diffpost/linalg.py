@@ -1,13 +1,14 @@
 """Batched iterative solvers that say how they ended.
 
-Each entry b of a batch is its own system A_b x_b = b_b: it has its own step sizes, stops when its own residual is
-small, and is frozen from then on, so that its result does not depend on its neighbours. Scalars are
-accumulated in float64.
+Each entry b of a batch is its own system A_b x_b = b_b: it has its own step sizes, stops when its
+own residual is small, and is frozen from then on, so that its result does not depend on its
+neighbours. Scalars are accumulated in float64.
 
-``cg``, conjugate gradients (Hestenes & Stiefel 1952; preconditioned as in Saad 2003, alg. 9.1), wants A symmetric
-and positive; along a direction p with p^T A p <= 0 it stops and says so. ``gmres`` (Saad & Schultz 1986;
-restarted, preconditioned from the right) takes any A. A solve that ends above its tolerance warns with
-:class:`ConvergenceWarning`; one that met a value that is not finite returns NaN for that entry, and warns too.
+``cg``, conjugate gradients (Hestenes & Stiefel 1952; preconditioned as in Saad 2003, alg. 9.1),
+wants A symmetric and positive; along a direction p with p^T A p <= 0 it stops and says so.
+``gmres`` (Saad & Schultz 1986; restarted, preconditioned from the right) takes any A. A solve that
+ends above its tolerance warns with :class:`ConvergenceWarning`; one that met a value that is not
+finite returns NaN for that entry, and warns too.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class SolveReport:
     Attributes:
         x: (B, ...) the solution.
         iterations: products with the matrix for the slowest entry; 0 for a direct solve.
-        residual: (B,) |b - A x| / |b| in the iteration's own norm (0 for a direct solve). It is carried along by the
-            recurrence, as in every conjugate gradient code; rounding can leave the true one above it.
+        residual: (B,) |b - A x| / |b| in the iteration's own norm (0 for a direct solve). It is
+            carried along by the recurrence, as in every conjugate gradient code; rounding can leave
+            the true one above it.
         converged: (B,) residual within the tolerance.
-        indefinite: (B,) stopped by a direction of zero or negative curvature; None if that was not watched.
+        indefinite: (B,) stopped by a direction of zero or negative curvature; None if that was not
+            watched.
     """
 
     x: Tensor
@@ -81,7 +84,8 @@ def cg(
         x0: (B, ...) where to start; None is 0.
 
     Returns:
-        A report. Where b is 0, x is 0. An entry stopped by negative curvature keeps its last iterate.
+        A report. Where b is 0, x is 0. An entry stopped by negative curvature keeps its last
+        iterate.
 
     Raises:
         ValueError: tol or max_iter out of range, or shapes that differ.

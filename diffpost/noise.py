@@ -4,10 +4,11 @@ For Gaussian noise of covariance Sigma over m data,
 
     log p(r) = -1/2 (r^T Sigma^-1 r + log det Sigma + m log 2 pi),     d log p/dr = -Sigma^-1 r.
 
-All algebra goes through a whitening W with W^T W = Sigma^-1: (Sigma + s A A^T)^-1 = W^T (I + s W A A^T W^T)^-1 W.
-A datum that was not taken has infinite variance: its row of W is zero, everything stays finite, and it enters
-neither m nor the determinant. Fluxes may be 1e-20 in their unit, so standard deviations, not variances, are
-what is kept and applied: squares would leave the range of float32.
+All algebra goes through a whitening W with W^T W = Sigma^-1: (Sigma + s A A^T)^-1 = W^T (I + s W A
+A^T W^T)^-1 W. A datum that was not taken has infinite variance: its row of W is zero, everything
+stays finite, and it enters neither m nor the determinant. Fluxes may be 1e-20 in their unit, so
+standard deviations, not variances, are what is kept and applied: squares would leave the range of
+float32.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ __all__ = ["BlockNoise", "GaussianNoise", "Noise"]
 class Noise(ABC):
     """The distribution of residuals r = y - A(x), shaped (B, *data).
 
-    ``log_prob``, ``score`` and ``sample`` are what every noise answers. The covariance algebra (``whiten`` and
-    what follows from it) belongs to noises that have one.
+    ``log_prob``, ``score`` and ``sample`` are what every noise answers. The covariance algebra
+    (``whiten`` and what follows from it) belongs to noises that have one.
     """
 
     @abstractmethod
@@ -48,7 +49,9 @@ class Noise(ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """A draw of this shape, (*data) or (B, *data), from a generator seeded by seed; 0 where masked."""
+        """A draw of this shape, (*data) or (B, *data), from a generator seeded by seed; 0 where
+        masked.
+        """
 
     @abstractmethod
     def ndata(self, shape: Shape) -> int | Tensor:
@@ -84,7 +87,9 @@ class Noise(ABC):
         return _sum(self.whiten(r).square())
 
     def masked(self, shape: Shape) -> Tensor | None:
-        """Which of the data carry nothing, boolean, broadcastable to (B, *shape); None if all count."""
+        """Which of the data carry nothing, boolean, broadcastable to (B, *shape); None if all
+        count.
+        """
         return None
 
     def weight(self) -> Tensor | None:
@@ -92,7 +97,9 @@ class Noise(ABC):
         return None
 
     def spectrum(self, shape: Shape) -> Tensor | None:
-        """Eigenvalues of Sigma under the FFT2 of data (*shape), if it is diagonal there; otherwise None."""
+        """Eigenvalues of Sigma under the FFT2 of data (*shape), if it is diagonal there; otherwise
+        None.
+        """
         return None
 
     def select(self, ids: Tensor, shape: Shape) -> Noise:
@@ -116,17 +123,18 @@ class GaussianNoise(Noise):
     """Gaussian noise of mean zero. Exactly one argument.
 
     Args:
-        std: standard deviation; a number, or a tensor broadcastable to the data (*data), or with an axis
-            of its own for a batch of data, (B, *data). Infinite masks a datum.
+        std: standard deviation; a number, or a tensor broadcastable to the data (*data), or with an
+            axis of its own for a batch of data, (B, *data). Infinite masks a datum.
         var: variance, likewise.
         weight: inverse variance, likewise; zero masks a datum.
         cov: (m, m) covariance of the flattened data.
-        power: eigenvalues of the covariance under the orthonormal FFT2 of the last two axes (the mean of
-            |FFT|^2), broadcastable to the data: stationary noise. P(k) = P(-k), as the noise is real.
+        power: eigenvalues of the covariance under the orthonormal FFT2 of the last two axes (the
+            mean of |FFT|^2), broadcastable to the data: stationary noise. P(k) = P(-k), as the
+            noise is real.
 
     Raises:
-        ValueError: none or several arguments; a negative, zero or NaN variance; a covariance that is not
-            symmetric and positive definite.
+        ValueError: none or several arguments; a negative, zero or NaN variance; a covariance that
+            is not symmetric and positive definite.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
 """Operators: the physics between an image and its data.
 
-``Operator`` maps images (B, *shape) to data (B, *data); ``LinearOperator`` also has the adjoint. They compose
-with ``@``, add with ``+``, scale with ``*``, and ``linearize(x)`` gives the derivative at x. The likelihood needs
-A^T and solves with (noise + s A A^T); structure that makes these solves cheap (diagonal over pixels or
-Fourier modes, an explicit matrix) is passed on through compositions where that is exact.
+``Operator`` maps images (B, *shape) to data (B, *data); ``LinearOperator`` also has the adjoint. They
+compose with ``@``, add with ``+``, scale with ``*``, and ``linearize(x)`` gives the derivative at x. The
+likelihood needs A^T and solves with (noise + s A A^T); structure that makes these solves cheap
+(diagonal over pixels or Fourier modes, an explicit matrix) is passed on through compositions where
+that is exact.
 """
 
 from diffpost.operators.algebra import Compose, Scaled, Stack, Sum, scaled_by

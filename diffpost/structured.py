@@ -1,17 +1,18 @@
 """Direct solves with Sigma + s A A^T, and approximate ones that precondition.
 
-With the whitening W of the noise, (Sigma + s A A^T)^-1 = W^T (I + s W A A^T W^T)^-1 W, and the matrix in the middle
-is diagonal
+With the whitening W of the noise, (Sigma + s A A^T)^-1 = W^T (I + s W A A^T W^T)^-1 W, and the
+matrix in the middle is diagonal
 
-* over pixels, where the gram A A^T is (masks, scalings, block sums, crops) and the noise is independent;
-* over Fourier modes, where A A^T (periodic convolutions, and block sums of them) and Sigma (white, or with a
-  power spectrum) are stationary;
-* in blocks over Fourier modes, where several such data show one image of one channel (several PSFs, or joint data
-  on the same pixels): I + s a a^H in each mode;
+* over pixels, where the gram A A^T is (masks, scalings, block sums, crops) and the noise is
+  independent;
+* over Fourier modes, where A A^T (periodic convolutions, and block sums of them) and Sigma (white,
+  or with a power spectrum) are stationary;
+* in blocks over Fourier modes, where several such data show one image of one channel (several PSFs,
+  or joint data on the same pixels): I + s a a^H in each mode;
 * over the left singular vectors of W A, where A is a matrix: one decomposition serves every s.
 
-Elsewhere, the data are nearly a window of a stationary field, and that field's inverse, windowed, preconditions
-conjugate gradients (:class:`Embedded`).
+Elsewhere, the data are nearly a window of a stationary field, and that field's inverse, windowed,
+preconditions conjugate gradients (:class:`Embedded`).
 """
 
 from __future__ import annotations
@@ -68,10 +69,11 @@ class Spectral(WhitenedSolve):
 class Embedded(WhitenedSolve):
     """Nearly: the data as a window of a periodic field, with noise of one variance.
 
-    If all data had noise of variance v and lay on a periodic grid on which A A^T is diag(g) in Fourier space,
-    the inverse in the data's own units would be F^-1 1/(v + s g) F. Its window, with the whitening undone on both
-    sides, u -> S window(F^-1 1/(1 + s g/v) F pad(S u)) with S = diag(std/sqrt(v)), differs from the inverse by the edge
-    and by the noise's scatter about v, both bounded however strong the signal is. Masked data have S = 0.
+    If all data had noise of variance v and lay on a periodic grid on which A A^T is diag(g) in
+    Fourier space, the inverse in the data's own units would be F^-1 1/(v + s g) F. Its window, with
+    the whitening undone on both sides, u -> S window(F^-1 1/(1 + s g/v) F pad(S u)) with S =
+    diag(std/sqrt(v)), differs from the inverse by the edge and by the noise's scatter about v, both
+    bounded however strong the signal is. Masked data have S = 0.
 
     Args:
         ratio: g/v, broadcastable to (B, *data) with the grid for the last two axes.
@@ -95,7 +97,8 @@ class Embedded(WhitenedSolve):
 class RankOne(WhitenedSolve):
     """K data of one image: W A x = a x in Fourier space, a (K, h, w), and I + s a a^H mode by mode.
 
-    Exact for stationary data on their own grid; otherwise windowed and weighted as :class:`Embedded`.
+    Exact for stationary data on their own grid; otherwise windowed and weighted as
+    :class:`Embedded`.
 
     Args:
         vectors: a, (..., K, h, w) on the grid.
@@ -205,7 +208,8 @@ def near_solve(
         noise: of covariance Sigma.
         input_shape: of one image.
         data_shape: of its data.
-        power: eigenvalues under the FFT2 of the image of a covariance P, for A P A^T in place of A A^T.
+        power: eigenvalues under the FFT2 of the image of a covariance P, for A P A^T in place of A
+            A^T.
     """
     joint = _rank_one(linear, noise, input_shape, data_shape, power, exactly=False)
     if joint is not None:
@@ -230,7 +234,9 @@ def near_solve(
 
 
 def _typical(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean weight of the data that count over the last two axes, and sqrt(mean/weight), 0 where masked."""
+    """The mean weight of the data that count over the last two axes, and sqrt(mean/weight), 0 where
+    masked.
+    """
     kept = weight > 0
     count = kept.sum((-2, -1), keepdim=True).clamp_min(1)
     mean = weight.sum((-2, -1), keepdim=True) / count

@@ -1,4 +1,6 @@
-"""Gaussian noise against scipy's multivariate normal, its algebra against matrices, its draws against both."""
+"""Gaussian noise against scipy's multivariate normal, its algebra against matrices, its draws
+against both.
+"""
 
 import math
 
@@ -106,14 +108,17 @@ def test_score_is_the_gradient(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_draws_have_the_covariance(case):
-    """chi^2 of n draws is chi^2_{n M}; under 1.1 times the noise it is not: within 5 standard deviations."""
+    """chi^2 of n draws is chi^2_{n M}; under 1.1 times the noise it is not: within 5 standard
+    deviations.
+    """
     noise, _ = CASES[case]
     n = 400
     r = noise.sample((n, *SHAPE), seed=1, dtype=F64)
     error = math.sqrt(2 * n * M)
     assert abs(float(noise.chi2(r).sum()) - n * M) < 5 * error
     assert abs(float(noise.chi2(1.1 * r).sum()) - n * M) > 5 * error  # negative control
-    # off-diagonal elements: the empirical covariance in whitened units is I within 5.5 sigma of its entries
+    # off-diagonal elements: the empirical covariance in whitened units is I within 5.5 sigma of its
+    # entries
     white = noise.whiten(r).reshape(n, M)
     gap = (white.T @ white / n - torch.eye(M, dtype=F64)) * math.sqrt(n)
     assert gap.abs().max() < 5.5 * math.sqrt(2)

@@ -70,7 +70,9 @@ def test_a_point_source_becomes_the_psf_where_it_stands(boundary, size):
 @pytest.mark.parametrize("shift", [(0.0, 0.0), (0.3, -0.4), (-1.25, 2.0)])
 @pytest.mark.parametrize("size", [(25, 25), (24, 26)])
 def test_a_shifted_psf_shifts_the_image(size, shift):
-    """The centroid moves by what the PSF's centroid is off (h // 2, w // 2), also of even-sized PSFs."""
+    """The centroid moves by what the PSF's centroid is off (h // 2, w // 2), also of even-sized
+    PSFs.
+    """
     psf = gaussian(*size, 1.8, *shift)
     x = torch.zeros(1, 1, 64, 64, dtype=F64)
     x[0, 0, 30, 33] = 1.0
@@ -80,7 +82,9 @@ def test_a_shifted_psf_shifts_the_image(size, shift):
 
 @pytest.mark.parametrize("size", [(3, 3), (4, 2), (7, 8), (13, 13), (31, 40)])
 def test_zero_boundary_is_the_direct_sum(size):
-    """Against torch's convolution on an image with explicit zeros around it, also for PSFs larger than it."""
+    """Against torch's convolution on an image with explicit zeros around it, also for PSFs larger
+    than it.
+    """
     psf, x = rand(*size), rand(2, 3, 12, 13, seed=1)
     h, w = size
     flipped = psf.flip(0, 1)[None, None].expand(3, 1, h, w)
@@ -93,7 +97,9 @@ def test_zero_boundary_is_the_direct_sum(size):
 
 
 def test_nothing_wraps_around():
-    """Light that leaves over one edge does not come back over the other; with a periodic boundary it does."""
+    """Light that leaves over one edge does not come back over the other; with a periodic boundary
+    it does.
+    """
     x = torch.zeros(1, 1, 16, 16, dtype=F64)
     x[0, 0, 0, 0] = 1.0
     psf = gaussian(15, 15, 2.0)
@@ -182,7 +188,9 @@ def test_the_transfer_function_is_kept_and_bounded():
 
 
 def test_a_cache_filled_under_a_transform_serves_outside():
-    """First use under inference mode or torch.func leaves nothing behind that breaks a gradient later."""
+    """First use under inference mode or torch.func leaves nothing behind that breaks a gradient
+    later.
+    """
     x = rand(1, 1, 8, 8)
 
     def first_uses(op):
@@ -352,7 +360,9 @@ def test_structure_that_compositions_keep():
 @pytest.mark.parametrize("psf_size", [7, 6])
 @pytest.mark.parametrize("power", [None, "spectrum"])
 def test_near_spectra_hold_away_from_edges(psf_size, power):
-    """What preconditions is A P A^T of the infinite field: on a grid with the margin, exact for a compact PSF."""
+    """What preconditions is A P A^T of the infinite field: on a grid with the margin, exact for a
+    compact PSF.
+    """
     psf = gaussian(psf_size, psf_size, 1.0)
     shape = (1, 24, 24)
     k = torch.hypot(torch.fft.fftfreq(24)[:, None], torch.fft.fftfreq(24)[None]).double()
@@ -392,7 +402,9 @@ def test_near_spectra_hold_away_from_edges(psf_size, power):
 
 
 def test_on_grid():
-    """A spectrum keeps its values at common frequencies, its symmetry and its sign on any other grid."""
+    """A spectrum keeps its values at common frequencies, its symmetry and its sign on any other
+    grid.
+    """
     power = torch.fft.fft2(rand(3, 1, 8, 6)).abs().square()
     finer = on_grid(power)((16, 12))
     torch.testing.assert_close(finer[..., ::2, ::2], power)

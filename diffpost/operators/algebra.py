@@ -1,12 +1,14 @@
 """Sums, products and stacks of operators.
 
-Linear parts make linear wholes (``Compose``, ``Sum``, ``Scaled``, ``Stack``), which pass on the structure that
-survives: Fourier after Fourier, diagonal after diagonal, and, since (A B) P (A B)^T = A (B P B^T) A^T, the gram of
-a product factor by factor. With a nonlinear part the whole is nonlinear and linearises by the chain rule,
+Linear parts make linear wholes (``Compose``, ``Sum``, ``Scaled``, ``Stack``), which pass on the
+structure that survives: Fourier after Fourier, diagonal after diagonal, and the gram of a product
+factor by factor, (A B) P (A B)^T = A (B P B^T) A^T. With a nonlinear part the whole is nonlinear
+and linearises by the chain rule,
 
     (A o B)'(x) = A'(B(x)) B'(x),
 
-so that a linear factor keeps its own adjoint. ``A @ B``, ``A + B``, ``c * A`` and :func:`stack` choose.
+so that a linear factor keeps its own adjoint. ``A @ B``, ``A + B``, ``c * A`` and :func:`stack`
+choose.
 """
 
 from __future__ import annotations

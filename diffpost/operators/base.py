@@ -1,14 +1,16 @@
 """The two interfaces of the physics, Operator and LinearOperator.
 
-An operator maps images (B, *shape) to noise-free data (B, *data), each entry of the batch on its own. Near x it
-is linear, A(x + v) = A(x) + L v + O(v^2), and ``linearize(x)`` returns that L with its adjoint, from
-``torch.func`` unless a class knows better. The gradient of a likelihood needs L^T; moment matching needs
-solves with Sigma + s L L^T, or Sigma + L C L^T with a covariance C of images.
+An operator maps images (B, *shape) to noise-free data (B, *data), each entry of the batch on its
+own. Near x it is linear, A(x + v) = A(x) + L v + O(v^2), and ``linearize(x)`` returns that L with
+its adjoint, from ``torch.func`` unless a class knows better. The gradient of a likelihood needs
+L^T; moment matching needs solves with Sigma + s L L^T, or Sigma + L C L^T with a covariance C of
+images.
 
-Those solves are cheap where L L^T is diagonal over pixels or over Fourier modes, so a linear operator
-tells, where it can do so exactly, its own eigenvalues (``diagonal``, ``spectrum``), its matrix (``dense``), and
-what it makes of a covariance that is diagonal over pixels (``gram_diagonal``) or over Fourier modes
-(``gram_spectrum``). None means "not of this structure". Fourier modes are those of FFT2 over the last two axes.
+Those solves are cheap where L L^T is diagonal over pixels or over Fourier modes, so a linear
+operator tells, where it can do so exactly, its own eigenvalues (``diagonal``, ``spectrum``), its
+matrix (``dense``), and what it makes of a covariance that is diagonal over pixels
+(``gram_diagonal``) or over Fourier modes (``gram_spectrum``). None means "not of this structure".
+Fourier modes are those of FFT2 over the last two axes.
 """
 
 from __future__ import annotations
@@ -178,12 +180,14 @@ class LinearOperator(Operator):
             grid: periodic grid that holds the data, at least as large as they are.
 
         Returns:
-            Real and nonnegative, broadcastable to (B, *data) with the grid for the last two axes, or None.
+            Real and nonnegative, broadcastable to (B, *data) with the grid for the last two axes,
+            or None.
         """
         return None
 
     def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
-        """h with A x = h x in Fourier space away from edges, for images of one channel and any number of data.
+        """h with A x = h x in Fourier space away from edges, for images of one channel and any
+        number of data.
 
         Exact on the data's own grid if ``margin`` is zero. Broadcastable to (K, *grid), or None.
         """
@@ -204,7 +208,8 @@ class LinearOperator(Operator):
         seed: int = 0,
         dtype: torch.dtype = torch.float64,
     ) -> float:
-        """|<A x, v> - <x, A^T v>| / (|A x| |v|) for random x and v: rounding error if the adjoint is right.
+        """|<A x, v> - <x, A^T v>| / (|A x| |v|) for random x and v: rounding error if the adjoint
+        is right.
 
         Args:
             input_shape: of one image.
@@ -266,10 +271,11 @@ class LinearOperator(Operator):
 
 @final
 class Linearized(LinearOperator):
-    """The derivative of an operator at x, by ``torch.func``: entry b of its input meets entry b of x.
+    """The derivative of an operator at x, by ``torch.func``: entry b of its input meets entry b of
+    x.
 
-    The forward product is one forward-mode pass; the adjoint keeps the graph of one evaluation, and each
-    product walks it backwards.
+    The forward product is one forward-mode pass; the adjoint keeps the graph of one evaluation, and
+    each product walks it backwards.
 
     Args:
         operator: any operator.

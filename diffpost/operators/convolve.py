@@ -2,11 +2,11 @@
 
     (A x)[i] = sum_j psf[c + i - j] x[j],     c = (h // 2, w // 2),
 
-so a point source at j becomes the PSF centred at j. With a periodic boundary the FFT diagonalises A. With a zero
-boundary (nothing outside the image) the image is padded to N >= H + max(c, h - 1 - c) pixels, which is
-enough that what wraps around falls outside the H rows kept; offsets beyond H - 1 never reach the image, so
-a PSF may be larger than it. The adjoint is the same with the conjugate transfer function. The nearest
-matrix that the FFT of the image's own size diagonalises (Strang's circulant, T. Chan 1988) preconditions solves.
+so a point source at j becomes the PSF centred at j. With a periodic boundary the FFT diagonalises A.
+With a zero boundary (nothing outside the image) the image is padded to N >= H + max(c, h - 1 - c)
+pixels, which is enough that what wraps around falls outside the H rows kept; offsets beyond H - 1
+never reach the image, so a PSF may be larger than it. The adjoint is the same with the conjugate
+transfer function.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Convolve(LinearOperator):
     """Convolution of the last two axes with a PSF; images keep their size.
 
     Args:
-        psf: (h, w), the same for every channel; (C, h, w), one a channel; or (K, 1, h, w), K PSFs of
-            an image of one channel, (1, H, W) to (K, H, W). Its centre is the pixel (h // 2, w // 2). It is
-            not normalised here.
+        psf: (h, w), the same for every channel; (C, h, w), one a channel; or (K, 1, h, w), K PSFs
+            of an image of one channel, (1, H, W) to (K, H, W). Its centre is the pixel
+            (h // 2, w // 2). It is not normalised here.
         boundary: "zero" (nothing outside the image) or "periodic".
 
     Raises:
@@ -135,7 +135,8 @@ class Convolve(LinearOperator):
         """rfft2 of the PSF with its centre at the origin of the grid."""
 
         def make() -> Tensor:
-            # in double: the transform of a PSF is done once, and its error would stay in every product
+            # in double: the transform of a PSF is done once, and its error would stay in every
+            # product
             kernel = self._kernel.to(device, torch.float64)
             placed = torch.fft.rfft2(_wrap(kernel, grid, size))
             return placed.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
@@ -157,7 +158,8 @@ class Convolve(LinearOperator):
     def near_spectrum(
         self, input_shape: Shape, power: PowerSpectrum, grid: tuple[int, int]
     ) -> Tensor | None:
-        # several PSFs of one image couple the channels of the data: only the blocks on the diagonal are kept
+        # several PSFs of one image couple the channels of the data: only the blocks on the diagonal
+        # are kept
         before = power(grid)
         if before is None:
             return None

@@ -109,8 +109,8 @@ class Diagonal(LinearOperator):
 class Mask(LinearOperator):
     """A x = m x: pixels outside the mask are seen as zero. The data keep the image's shape.
 
-    Pixels that were not observed belong into the noise, with infinite variance; a mask is for light that
-    does not arrive.
+    Pixels that were not observed belong into the noise, with infinite variance; a mask is for light
+    that does not arrive.
 
     Args:
         m: boolean, or weights, broadcastable to the image.
@@ -165,8 +165,8 @@ class Matrix(LinearOperator):
 
     Args:
         matrix: (m, n), real and finite.
-        input_shape: shape of the image, n numbers, that the adjoint returns; None is (n,). ``bind``,
-            ``linearize`` and so every likelihood set it from the images that they meet.
+        input_shape: shape of the image, n numbers, that the adjoint returns; None is (n,).
+            ``bind``, ``linearize`` and so every likelihood set it from the images that they meet.
 
     Raises:
         ValueError: not a matrix, or an input_shape that has not n numbers.
@@ -231,7 +231,8 @@ class Matrix(LinearOperator):
 
 @final
 class PixelBin(LinearOperator):
-    """Sum over k x k blocks of the last two axes: (..., H, W) to (..., H/k, W/k). Flux is conserved.
+    """Sum over k x k blocks of the last two axes: (..., H, W) to (..., H/k, W/k). Flux is
+    conserved.
 
     Args:
         k: block size, at least 1.
@@ -429,8 +430,8 @@ class Crop(LinearOperator):
 class Fourier(LinearOperator):
     """Orthonormal FFT2 of the last two axes as real numbers: (..., H, W) to (..., H, W, 2).
 
-    F[k] = (H W)^(-1/2) sum_j x[j] exp(-2 pi i k j / n); the last axis is real and imaginary part. The image is
-    real, so F[-k] = F[k]* and half of the data repeat the other half.
+    F[k] = (H W)^(-1/2) sum_j x[j] exp(-2 pi i k j / n); the last axis is real and imaginary part.
+    The image is real, so F[-k] = F[k]* and half of the data repeat the other half.
     """
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
 """What every operator must pass; a new one is added to CASES (and NONLINEAR) and nowhere else.
 
-The checks are functions of an operator, so that the end of this file can show that each of them rejects an
-operator that is broken in its own way.
+The checks are functions of an operator, so that the end of this file can show that each of them
+rejects an operator that is broken in its own way.
 """
 
 import math
@@ -151,7 +151,9 @@ def check_linearity(operator, shape):
 
 
 def check_dtype(operator, shape):
-    """The data have the type of the image, whatever the operator was made of; float32 is near float64."""
+    """The data have the type of the image, whatever the operator was made of; float32 is near
+    float64.
+    """
     linear = operator.bind(shape)
     x = rand(operator.batch or 2, *shape, seed=1)
     wide, narrow = linear(x), linear(x.float())
@@ -179,7 +181,9 @@ def check_batch(operator, shape):
 
 
 def check_transfer(linear, shape, images, matrix):
-    """Exact where the operator asks for no margin: every channel of the data is a filter of the image."""
+    """Exact where the operator asks for no margin: every channel of the data is a filter of the
+    image.
+    """
     if len(shape) < 2 or linear.margin(shape) != (0, 0) or isinstance(linear, Stack):
         return
     out = linear.output_shape(shape)
