@@ -24,6 +24,8 @@ ORDER = {
     "operators": 1,
     "score": 1,
     "noise": 1,
+    "gaussian": 1,
+    "structured": 2,
     "likelihood": 2,
     "guidance": 3,
     "posterior": 4,
