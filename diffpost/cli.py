@@ -453,7 +453,7 @@ def _run(
         folder.write(result, record)
     except KeyboardInterrupt:
         kept = f"finished draws are kept in {folder.partial}"
-        command = shlex.join(a for a in sys.argv if a != "--resume")
+        command = shlex.join(["diffpost", *(a for a in sys.argv[1:] if a != "--resume")])
         _console(stderr=True).print(
             f"\n[bold yellow]interrupted:[/bold yellow] {escape(kept)}; go on with\n  "
             f"{escape(command)} --resume"

@@ -242,7 +242,7 @@ def solve(
         seed=seed,
         batch_size=batch_size,
         progress=progress,
-        checkpoint=checkpoint,
+        checkpoint=None if checkpoint is None else os.fspath(checkpoint),
     )
     sampled = time.perf_counter() - start
     return DeconvolutionResult(
@@ -350,9 +350,9 @@ def fit_metrics(
     spread = float((square - through**2 / m)[seen].sum() / (max(m - 1, 1) * n)) if m > 1 else None
     data = np.where(seen, problem.data, 0.0)
     with torch.no_grad():
-        image = likelihood.operator(draws.mean[None].to(likelihood.y.dtype))[0, 0]
+        blurred = likelihood.operator(draws.mean[None].to(likelihood.y.dtype))[0, 0]
     rows, columns = grid.data_region(problem.oversample)
-    image = image[rows, columns].double().numpy()
+    image = blurred[rows, columns].double().numpy()
     source = problem.scene.target & seen
     sky = problem.report.get("sky", {})
     metrics: dict[str, Any] = {

@@ -397,7 +397,9 @@ def _noise(
 ) -> tuple[Array, dict[str, Any]]:
     """Standard deviation of every pixel of the window; inf where it says that there is no data."""
     shape = around.shape
-    if isinstance(noise, int | float) and not isinstance(noise, bool):
+    if isinstance(noise, bool):
+        raise ValueError(f"got noise = {noise}; expected a standard deviation or a map")
+    if isinstance(noise, int | float):
         if not (math.isfinite(noise) and noise > 0):
             raise ValueError(f"got a noise of {noise}; expected a positive standard deviation")
         notes.append(f"noise: {noise:.4g} per pixel everywhere, as given")
