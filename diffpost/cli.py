@@ -342,6 +342,9 @@ def demo(
 @app.command()
 def info(
     prior: Annotated[str, typer.Argument(help="Name of a shipped prior, or a folder.")],
+    config: Annotated[
+        bool, typer.Option("--config", help="Also the settings of its training.")
+    ] = False,
 ) -> None:
     """What a prior was trained on, what its scale means, and what it should not be used for."""
     from diffpost.io.checkpoints import load_prior
@@ -361,6 +364,8 @@ def info(
     if net is not None:
         table.add_row("parameters", f"{sum(p.numel() for p in net.parameters()):,}")
     for key, value in (getattr(model, "card", None) or {}).items():
+        if key == "training" and isinstance(value, dict) and not config:
+            value = {k: v for k, v in value.items() if k != "config"}
         table.add_row(escape(str(key)), escape(_readable(value)))
     console.print(table)
 
@@ -538,16 +543,28 @@ def _plain(value: Any) -> Any:
 
 
 def _readable(value: Any, indent: int = 0) -> str:
-    """A card's entry as text: mappings one entry a line."""
+    """A card's entry as text: mappings one entry a line, tables by their size."""
     pad = "  " * indent
     if isinstance(value, dict):
         lines = []
         for key, item in value.items():
+            nested = isinstance(item, dict) or (
+                isinstance(item, list | tuple) and any(isinstance(part, dict) for part in item)
+            )
             text = _readable(item, indent + 1)
-            nested = isinstance(item, dict) and item
-            lines.append(f"{pad}{key}:\n{text}" if nested else f"{pad}{key}: {text.strip()}")
+            lines.append(
+                f"{pad}{key}:\n{text}" if nested and item else f"{pad}{key}: {text.strip()}"
+            )
         return "\n".join(lines)
     if isinstance(value, list | tuple):
+        if any(isinstance(item, dict) for item in value):
+            return "\n".join(
+                pad + ", ".join(f"{k} {_readable(v).strip()}" for k, v in item.items())
+                for item in value
+            )
+        if len(value) > 12 or any(isinstance(item, list | tuple) for item in value):
+            inner = f" x {len(value[0])}" if isinstance(value[0], list | tuple) else ""
+            return f"{pad}({len(value)}{inner} numbers, in card.json)"
         return pad + ", ".join(_readable(item).strip() for item in value)
     return f"{pad}{value:.4g}" if isinstance(value, float) else f"{pad}{value}"
 
