@@ -102,6 +102,10 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, out: str | os.PathLike[str], *, device: str = "cpu"
     ) -> None:
+        from diffpost.io.checkpoints import RESERVED
+
+        if taken := sorted(set(config.card) & {*RESERVED, "training"}):
+            raise ValueError(f"card: the name {', '.join(taken)} is taken; rename it")
         self.config = config
         self.out = Path(out)
         self.device = torch.device(device)

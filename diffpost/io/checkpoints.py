@@ -39,7 +39,7 @@ __all__ = ["load_prior", "save_prior", "shipped_priors"]
 _WEIGHTS, _CARD = "weights.safetensors", "card.json"
 _FORMAT = 1
 _REQUIRED = ("format", "head", "network", "sde", "shape", "scale", "offset")
-_STRUCTURE = (*_REQUIRED, "sigma_data", "stride")
+RESERVED = (*_REQUIRED, "sigma_data", "stride")  # names that a card's maker may not use
 
 
 def shipped_priors() -> list[str]:
@@ -85,7 +85,7 @@ def save_prior(
             f"save_prior: the network {type(model.net).__name__} has no `config` to build it from again; "
             "use one that build_network makes"
         )
-    taken = sorted(set(model.card) & set(_STRUCTURE))
+    taken = sorted(set(model.card) & set(RESERVED))
     if taken:
         raise ValueError(f"save_prior: the card may not use the name {', '.join(taken)}; rename it")
     card: dict[str, Any] = {
@@ -199,7 +199,7 @@ def _load(folder: Path) -> NetworkScore | SigmaHeadScore:
     if head not in ("edm", "sigma"):
         raise ValueError(f"{path}: got head {head!r}; expected 'edm' or 'sigma'")
     state = _read_weights(folder / _WEIGHTS)
-    rest = {key: value for key, value in card.items() if key not in _STRUCTURE}
+    rest = {key: value for key, value in card.items() if key not in RESERVED}
     try:
         net = build_network(card["network"])
         sde = sde_from_dict(card["sde"])
