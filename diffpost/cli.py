@@ -456,6 +456,8 @@ def _run(
             result, command=sys.argv, arguments=arguments, inputs=inputs, prior=prior
         )
         folder.write(result, record)
+    except OSError as error:
+        raise folder.explain(error) from None
     except KeyboardInterrupt:
         kept = f"finished draws are kept in {folder.partial}"
         command = shlex.join(["diffpost", *(a for a in sys.argv[1:] if a != "--resume")])

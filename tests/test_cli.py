@@ -165,8 +165,20 @@ def test_a_full_disk_keeps_the_finished_draws(
         patch.setattr("diffpost.jobs.outputs.write_map", full)
         failed = runner.invoke(app, command(inputs, prior))
     assert failed.exit_code == 2
-    assert "full" in failed.stderr
+    assert "is full" in failed.stderr
     assert [p.name for p in (inputs / "out").iterdir()] == [".partial"]
+
+    # Astropy reports a full disk without an error number; a batch may hit it as well.
+    def bare(*args: object, **kwargs: object) -> None:
+        raise OSError("Not enough space on disk: requested 4096, available 0.")
+
+    for place in ("diffpost.jobs.outputs.write_map", "diffpost.resume.RunFolder.save"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, bare)
+            failed = runner.invoke(app, command(inputs, prior, "--overwrite"))
+        assert failed.exit_code == 2
+        assert "is full" in failed.stderr
+    assert runner.invoke(app, command(inputs, prior)).exit_code == 2
     assert runner.invoke(app, command(inputs, prior, "--resume")).exit_code == 0
 
 

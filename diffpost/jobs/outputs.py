@@ -125,15 +125,21 @@ class OutputFolder:
             (new / "run.json").write_text(text + "\n")
             self._swap(new)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise OSError(
-                    errno.ENOSPC,
-                    f"the disk of {self.path} is full; finished draws are kept in {self.partial}: make "
-                    "room and --resume",
-                ) from error
-            raise
+            raise self.explain(error) from None
         finally:
             shutil.rmtree(new, ignore_errors=True)
+
+    def explain(self, error: OSError) -> OSError:
+        """The same error, saying what is kept and what to do where the disk is full."""
+        text = str(error).lower()
+        full = error.errno == errno.ENOSPC or "no space left" in text or "not enough space" in text
+        if not full or "--resume" in text:
+            return error
+        return OSError(
+            errno.ENOSPC,
+            f"the disk of {self.path} is full; finished draws are kept in {self.partial}, older results "
+            "are as they were: make room and --resume",
+        )
 
     def _swap(self, new: Path) -> None:
         if not self.path.exists():
