@@ -223,13 +223,15 @@ def _write_products(result: DeconvolutionResult, folder: Path) -> None:
     result.samples.save(folder / "samples.zarr")
     chi2 = result.metrics["reduced_chi2"]
     correlation = result.metrics["residual_autocorrelation"]
+    sky_chi2, sky_correlation = (
+        "" if found["sky"] is None else f" (blank sky {found['sky']:.2f})"
+        for found in (chi2, correlation)
+    )
     subtitle = (
         f"{len(result.samples)} draws, {result.samples.calls} network evaluations each   ·   reduced "
-        f"χ² of the mean {chi2['mean']:.2f}   ·   residual autocorrelation "
-        f"{0.5 * (correlation['x'] + correlation['y']):.2f}"
+        f"χ² of the mean {chi2['mean']:.2f}{sky_chi2}   ·   residual autocorrelation "
+        f"{0.5 * (correlation['x'] + correlation['y']):.2f}{sky_correlation}"
     )
-    if correlation["sky"] is not None:
-        subtitle += f" (blank sky {correlation['sky']:.2f})"
     plot.summary(
         result.samples,
         result.likelihood,
