@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from diffpost.deconvolve import DeconvolutionResult
+    pass
 
 __all__ = ["app", "main"]
 
@@ -348,6 +348,7 @@ def info(
 ) -> None:
     """What a prior was trained on, what its scale means, and what it should not be used for."""
     from diffpost.io.checkpoints import load_prior
+    from diffpost.jobs.report import readable
 
     console = _console()
     with _bad_input():
@@ -366,7 +367,7 @@ def info(
     for key, value in (getattr(model, "card", None) or {}).items():
         if key == "training" and isinstance(value, dict) and not config:
             value = {k: v for k, v in value.items() if k != "config"}
-        table.add_row(escape(str(key)), escape(_readable(value)))
+        table.add_row(escape(str(key)), escape(readable(value)))
     console.print(table)
 
 
@@ -391,11 +392,11 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
 ) -> None:
     """Train a prior on your own images, or go on with a run that was stopped."""
-    from diffpost.training import TrainConfig
+    from diffpost.jobs.train import train_config
     from diffpost.training import train as train_prior
 
     with _bad_input():
-        train_prior(_train_config(TrainConfig, data, config, seed), out, device=device)
+        train_prior(train_config(data, config, seed), out, device=device)
     _console().print(f"The prior is in [bold]{escape(str(out / 'prior'))}[/bold].")
 
 
@@ -428,6 +429,7 @@ def _run(
     from diffpost.deconvolve import load, sampler_of, solve
     from diffpost.jobs.outputs import run_record
     from diffpost.jobs.problem import prepare
+    from diffpost.jobs.report import report
 
     start = time.perf_counter()
     model = load(prior)
@@ -466,49 +468,7 @@ def _run(
             f"{escape(command)} --resume"
         )
         raise typer.Exit(_INTERRUPTED) from None
-    _report(console, result, folder.path)
-
-
-def _report(console: Console, result: DeconvolutionResult, path: Path) -> None:
-    metrics = result.metrics
-    chi2, correlation, flux = (
-        metrics["reduced_chi2"],
-        metrics["residual_autocorrelation"],
-        metrics["flux"],
-    )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("", "found", "expected", "blank sky"):
-        table.add_column(name, style="bold cyan" if not name else "", no_wrap=True)
-
-    def number(value: float | None, digits: int = 2) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    error = number(chi2["expected_std"])
-    expected = number(chi2["mean_expected"])
-    sky = number(chi2["sky"])
-    table.add_row("reduced χ² of the mean", number(chi2["mean"]), f"{expected} ± {error}", sky)
-    table.add_row("reduced χ² of a draw", number(chi2["draws"]), f"1.00 ± {error}", sky)
-    error, sky = number(correlation["expected_std"]), number(correlation["sky"])
-    for axis in ("x", "y"):
-        found = number(correlation[axis])
-        table.add_row(f"residual correlation in {axis}", found, f"0.00 ± {error}", sky)
-    spread = "" if flux["std"] is None else f" ± {flux['std']:.2g}"
-    table.add_row("flux of the model", f"{flux['mean']:.5g}{spread}", result.problem.unit or "", "")
-    table.add_row("the same, blurred, over data", f"{flux['model_over_data']:.4f}", "1", "")
-    console.print()
-    console.print(table)
-    yardstick = max(chi2["sky"] or 1.0, 0.1)
-    if chi2["target"] is not None and chi2["target"] > 3 * yardstick:
-        console.print(
-            f"\n[yellow]On the target the reduced χ² is {chi2['target']:.2f}[/yellow], well above what the "
-            "noise explains: the PSF may be off (try --psf-error 0.02), or the noise too low."
-        )
-    seconds = result.timings["sample"]
-    console.print(
-        f"\n{len(result.samples)} draws in {seconds:.0f} s, in [bold]{escape(str(path))}[/bold]: "
-        "summary.png, mean.fits, std.fits, q16/q50/q84.fits, samples.fits, samples.zarr, "
-        "residual.fits, run.json"
-    )
+    report(console, result, folder.path)
 
 
 def _parse_cutout(text: str) -> tuple[float, float, int]:
@@ -522,53 +482,10 @@ def _parse_cutout(text: str) -> tuple[float, float, int]:
         ) from None
 
 
-def _train_config(kind: Any, data: Path, config: Path | None, seed: int) -> Any:
-    """The settings of a run: the file's, whose paths are relative to DATA, or one source and a small net."""
-    if not data.exists():
-        raise FileNotFoundError(f"there is no file or folder {data}")
-    if config is not None:
-        return kind.from_yaml(config, root=data if data.is_dir() else data.parent)
-    return kind.from_dict(
-        {
-            "data": [{"path": str(data)}],
-            "network": {"kind": "unet", "channels": 1, "patch": 2},
-            "stages": [{"images": 400_000, "crop": 64, "batch": 64}],
-            "seed": seed,
-        }
-    )
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _readable(value: Any, indent: int = 0) -> str:
-    """A card's entry as text: mappings one entry a line, tables by their size."""
-    pad = "  " * indent
-    if isinstance(value, dict):
-        lines = []
-        for key, item in value.items():
-            nested = isinstance(item, dict) or (
-                isinstance(item, list | tuple) and any(isinstance(part, dict) for part in item)
-            )
-            text = _readable(item, indent + 1)
-            lines.append(
-                f"{pad}{key}:\n{text}" if nested and item else f"{pad}{key}: {text.strip()}"
-            )
-        return "\n".join(lines)
-    if isinstance(value, list | tuple):
-        if any(isinstance(item, dict) for item in value):
-            return "\n".join(
-                pad + ", ".join(f"{k} {_readable(v).strip()}" for k, v in item.items())
-                for item in value
-            )
-        if len(value) > 12 or any(isinstance(item, list | tuple) for item in value):
-            inner = f" x {len(value[0])}" if isinstance(value[0], list | tuple) else ""
-            return f"{pad}({len(value)}{inner} numbers, in card.json)"
-        return pad + ", ".join(_readable(item).strip() for item in value)
-    return f"{pad}{value:.4g}" if isinstance(value, float) else f"{pad}{value}"
 
 
 def main() -> None:

@@ -14,13 +14,11 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 from astropy.io import fits
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 
 from diffpost.io.fits import (
     FitsImage,
@@ -29,7 +27,8 @@ from diffpost.io.fits import (
     regrid_header,
     sky_to_pixel,
 )
-from diffpost.io.units import is_electron_rate, is_surface_brightness
+from diffpost.io.units import is_surface_brightness
+from diffpost.jobs.noise import expected_flux, noise_of
 from diffpost.jobs.psf import Psf, oversampling_of, prepare_psf
 from diffpost.jobs.target import Scene, infer_scale, read_scene, sky_noise
 
@@ -39,8 +38,6 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 ImageLike = str | os.PathLike[str] | FitsImage | NDArray[Any]
 
-_NOISE_CARDS = ("SKYRMS", "BKGRMS", "SKYSIGMA", "NOISESTD", "RMS")
-_NOISE_HDUS = ("ERR", "RMS")
 _SHARE = 0.90  # of the PSF's flux that the margin holds
 _LARGEST = 1024  # side of a model grid beyond which a cutout is surely missing
 
@@ -214,7 +211,7 @@ def prepare(
     scene = read_scene(around, (x - wx, y - wy), background=background)
     notes += scene.notes
 
-    given, report = _noise(noise, whole, (wx, wy), around, scene, exptime, notes)
+    given, report = noise_of(_noise_source(noise), whole, (wx, wy), around, scene, exptime, notes)
     inner = _window(x0 - wx, y0 - wy, width, height)
     level = inner(scene.background, 0.0)
     std = inner(given, np.inf)
@@ -224,7 +221,7 @@ def prepare(
     if not (math.isfinite(psf_error) and psf_error >= 0):
         raise ValueError(f"got psf_error = {psf_error}; expected a fraction such as 0.01")
     if psf_error:
-        std = np.hypot(std, psf_error * _expected(residual))
+        std = np.hypot(std, psf_error * expected_flux(residual))
         notes.append(
             f"noise: {100 * psf_error:g}% of the local flux was added in quadrature for errors of the PSF"
         )
@@ -386,117 +383,9 @@ def _window(x0: int, y0: int, width: int, height: int) -> Any:
     return cut
 
 
-def _noise(
-    noise: float | ImageLike | None,
-    image: FitsImage,
-    corner: tuple[int, int],
-    around: Array,
-    scene: Scene,
-    exptime: float | None,
-    notes: list[str],
-) -> tuple[Array, dict[str, Any]]:
-    """Standard deviation of every pixel of the window; inf where it says that there is no data."""
-    shape = around.shape
+def _noise_source(noise: float | ImageLike | None) -> float | FitsImage | None:
     if isinstance(noise, bool):
         raise ValueError(f"got noise = {noise}; expected a standard deviation or a map")
-    if isinstance(noise, int | float):
-        if not (math.isfinite(noise) and noise > 0):
-            raise ValueError(f"got a noise of {noise}; expected a positive standard deviation")
-        notes.append(f"noise: {noise:.4g} per pixel everywhere, as given")
-        return np.full(shape, float(noise)), {"noise": {"source": "given", "std": float(noise)}}
-    if noise is not None:
-        return _noise_map(_image(noise, "noise map"), image, corner, around.shape, notes)
-    if not image.path.startswith("<"):
-        found = _noise_hdu(image)
-        if found is not None:
-            notes.append(f"noise: extension {found.hdu} of the image")
-            return _noise_map(found, image, corner, around.shape, notes)
-    for key in _NOISE_CARDS:
-        value = image.header.get(key)
-        if isinstance(value, int | float) and math.isfinite(value) and value > 0:
-            notes.append(f"noise: {value:.4g} per pixel everywhere, from the header's {key}")
-            return np.full(shape, float(value)), {"noise": {"source": key, "std": float(value)}}
-    residual = around - scene.background
-    sky = sky_noise(residual, scene.sky)
-    level = sky.std * sky.inflation
-    variance = np.full(shape, level**2)
-    report: dict[str, Any] = {
-        "source": "sky",
-        "std": level,
-        "sky_std": sky.std,
-        "sky_correlation": sky.correlation,
-        "inflation": sky.inflation,
-        "sky_pixels": sky.pixels,
-        "poisson": False,
-    }
-    told = f"noise: {sky.std:.4g} per pixel, measured on {sky.pixels} pixels of sky"
-    if sky.inflation > 1.02:
-        told += (
-            f"; adjacent pixels are correlated ({sky.correlation:.2f}), so {level:.4g} is used, "
-            f"{sky.inflation:.2f} times more"
-        )
-    seconds = exptime if exptime is not None else image.header.get("EXPTIME")
-    known = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0
-    if exptime is not None and not known:
-        raise ValueError(
-            f"got an exposure time of {exptime}; expected a positive number of seconds"
-        )
-    if known and is_electron_rate(image.unit):
-        variance = variance + _expected(residual) / float(seconds)
-        report |= {"poisson": True, "exptime": float(seconds)}
-        told += f"; the sources' Poisson noise was added for {seconds:.6g} s of {image.unit}"
-    else:
-        told += "; the sources' own Poisson noise is not known and not included"
-    notes.append(told)
-    return np.sqrt(variance), {"noise": report}
-
-
-def _expected(residual: Array) -> Array:
-    """The image smoothed by 1 pixel, not negative, in place of its expectation: the noise of a pixel must
-    not decide its own weight."""
-    filled = np.where(np.isfinite(residual), residual, 0.0)
-    return np.asarray(np.clip(gaussian_filter(filled, 1.0), 0, None))
-
-
-def _noise_hdu(image: FitsImage) -> FitsImage | None:
-    for name in _NOISE_HDUS:
-        try:
-            found = read_image(Path(image.path), hdu=name)
-        except (ValueError, FileNotFoundError):
-            continue
-        if found.data.shape == image.data.shape:
-            return found
-    return None
-
-
-def _noise_map(
-    noise: FitsImage,
-    image: FitsImage,
-    corner: tuple[int, int],
-    shape: tuple[int, ...],
-    notes: list[str],
-) -> tuple[Array, dict[str, Any]]:
-    (wx, wy), (h, w) = corner, shape
-    if noise.data.shape != image.data.shape:
-        raise ValueError(
-            f"the noise map {noise.path} has {noise.data.shape[1]} x {noise.data.shape[0]} pixels and "
-            f"the image {image.data.shape[1]} x {image.data.shape[0]}; they must be of one shape"
-        )
-    bad = int((noise.data <= 0).sum())
-    if bad:
-        raise ValueError(
-            f"the noise map {noise.path} has {bad} pixels that are zero or negative; a standard "
-            "deviation is positive. If they mark pixels without data, set them to inf or NaN: those "
-            "are masked"
-        )
-    if not np.isfinite(noise.data).any():
-        raise ValueError(f"the noise map {noise.path} has no finite pixel")
-    values = noise.data[wy : wy + h, wx : wx + w]
-    masked = int((~np.isfinite(values)).sum())
-    typical = float(np.nanmedian(values))
-    told = f"noise: map {noise.path}, median {typical:.4g} per pixel"
-    if masked:
-        told += f"; {masked} pixels around the target are inf or NaN and masked"
-    notes.append(told)
-    report = {"source": noise.path, "std": typical, "masked": masked}
-    return np.where(np.isfinite(values), values, np.inf), {"noise": report}
+    if noise is None or isinstance(noise, int | float):
+        return noise
+    return _image(noise, "noise map")

@@ -1,0 +1,141 @@
+"""The noise of an image: given, read from its file, or measured on the sky.
+
+In this order: a number or a map; an extension ERR or RMS of the image's file; a keyword; the sky, whose
+correlated noise is inflated to what it is on scales larger than a pixel, and to which the Poisson
+noise of the sources is added for images in electrons per second of known exposure time.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from diffpost.io.fits import FitsImage, read_image
+from diffpost.io.units import is_electron_rate
+from diffpost.jobs.target import Scene, sky_noise
+
+__all__ = ["expected_flux", "noise_of"]
+
+Array = NDArray[np.float64]
+
+_NOISE_CARDS = ("SKYRMS", "BKGRMS", "SKYSIGMA", "NOISESTD", "RMS")
+_NOISE_HDUS = ("ERR", "RMS")
+
+
+def noise_of(
+    noise: float | FitsImage | None,
+    image: FitsImage,
+    corner: tuple[int, int],
+    around: Array,
+    scene: Scene,
+    exptime: float | None,
+    notes: list[str],
+) -> tuple[Array, dict[str, Any]]:
+    """Standard deviation of every pixel of the window; inf where it says that there is no data."""
+    shape = around.shape
+    if isinstance(noise, int | float):
+        if not (math.isfinite(noise) and noise > 0):
+            raise ValueError(f"got a noise of {noise}; expected a positive standard deviation")
+        notes.append(f"noise: {noise:.4g} per pixel everywhere, as given")
+        return np.full(shape, float(noise)), {"noise": {"source": "given", "std": float(noise)}}
+    if noise is not None:
+        return _noise_map(noise, image, corner, around.shape, notes)
+    if not image.path.startswith("<"):
+        found = _noise_hdu(image)
+        if found is not None:
+            notes.append(f"noise: extension {found.hdu} of the image")
+            return _noise_map(found, image, corner, around.shape, notes)
+    for key in _NOISE_CARDS:
+        value = image.header.get(key)
+        if isinstance(value, int | float) and math.isfinite(value) and value > 0:
+            notes.append(f"noise: {value:.4g} per pixel everywhere, from the header's {key}")
+            return np.full(shape, float(value)), {"noise": {"source": key, "std": float(value)}}
+    residual = around - scene.background
+    sky = sky_noise(residual, scene.sky)
+    level = sky.std * sky.inflation
+    variance = np.full(shape, level**2)
+    report: dict[str, Any] = {
+        "source": "sky",
+        "std": level,
+        "sky_std": sky.std,
+        "sky_correlation": sky.correlation,
+        "inflation": sky.inflation,
+        "sky_pixels": sky.pixels,
+        "poisson": False,
+    }
+    told = f"noise: {sky.std:.4g} per pixel, measured on {sky.pixels} pixels of sky"
+    if sky.inflation > 1.02:
+        told += (
+            f"; adjacent pixels are correlated ({sky.correlation:.2f}), so {level:.4g} is used, "
+            f"{sky.inflation:.2f} times more"
+        )
+    seconds = exptime if exptime is not None else image.header.get("EXPTIME")
+    known = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0
+    if exptime is not None and not known:
+        raise ValueError(
+            f"got an exposure time of {exptime}; expected a positive number of seconds"
+        )
+    if known and is_electron_rate(image.unit):
+        variance = variance + expected_flux(residual) / float(seconds)
+        report |= {"poisson": True, "exptime": float(seconds)}
+        told += f"; the sources' Poisson noise was added for {seconds:.6g} s of {image.unit}"
+    else:
+        told += "; the sources' own Poisson noise is not known and not included"
+    notes.append(told)
+    return np.sqrt(variance), {"noise": report}
+
+
+def expected_flux(residual: Array) -> Array:
+    """The image smoothed by 1 pixel, not negative, in place of its expectation: the noise of a pixel must
+    not decide its own weight."""
+    filled = np.where(np.isfinite(residual), residual, 0.0)
+    return np.asarray(np.clip(gaussian_filter(filled, 1.0), 0, None))
+
+
+def _noise_hdu(image: FitsImage) -> FitsImage | None:
+    for name in _NOISE_HDUS:
+        try:
+            found = read_image(Path(image.path), hdu=name)
+        except (ValueError, FileNotFoundError):
+            continue
+        if found.data.shape == image.data.shape:
+            return found
+    return None
+
+
+def _noise_map(
+    noise: FitsImage,
+    image: FitsImage,
+    corner: tuple[int, int],
+    shape: tuple[int, ...],
+    notes: list[str],
+) -> tuple[Array, dict[str, Any]]:
+    (wx, wy), (h, w) = corner, shape
+    if noise.data.shape != image.data.shape:
+        raise ValueError(
+            f"the noise map {noise.path} has {noise.data.shape[1]} x {noise.data.shape[0]} pixels and "
+            f"the image {image.data.shape[1]} x {image.data.shape[0]}; they must be of one shape"
+        )
+    bad = int((noise.data <= 0).sum())
+    if bad:
+        raise ValueError(
+            f"the noise map {noise.path} has {bad} pixels that are zero or negative; a standard "
+            "deviation is positive. If they mark pixels without data, set them to inf or NaN: those "
+            "are masked"
+        )
+    if not np.isfinite(noise.data).any():
+        raise ValueError(f"the noise map {noise.path} has no finite pixel")
+    values = noise.data[wy : wy + h, wx : wx + w]
+    masked = int((~np.isfinite(values)).sum())
+    typical = float(np.nanmedian(values))
+    told = f"noise: map {noise.path}, median {typical:.4g} per pixel"
+    if masked:
+        told += f"; {masked} pixels around the target are inf or NaN and masked"
+    notes.append(told)
+    report = {"source": noise.path, "std": typical, "masked": masked}
+    return np.where(np.isfinite(values), values, np.inf), {"noise": report}
