@@ -267,19 +267,12 @@ class Trainer:
                     "images_seen": self.seen,
                     "frames": len(self.crops),
                     "heldout_frames": 0 if self.heldout is None else len(self.heldout),
-                    "config": self._public_config(),
+                    "config": self.config.to_public_dict(),
                     "heldout_loss": self._last_heldout(),
                 },
                 **(card or {}),
             },
         )
-
-    def _public_config(self) -> dict[str, Any]:
-        """The configuration without the folders of this machine."""
-        values = self.config.to_dict()
-        for source in (*values["data"], *values["heldout"]):
-            source["path"] = Path(source["path"]).name
-        return values
 
     def validate(self) -> dict[str, float]:
         """Held-out loss of the averaged network at each noise level; appended to heldout.csv."""

@@ -146,9 +146,16 @@ class TrainConfig:
         """The inverse of `from_dict`, for JSON and YAML."""
         return _plain(dataclasses.asdict(self))
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """`to_dict` without the folders of the data, which are nobody else's business."""
+        return _placeless(self.to_dict())
+
     def check_continues(self, other: dict[str, Any], out: Path) -> None:
-        """Raise ValueError unless a run of configuration `other` may continue with this one."""
-        mine = self.to_dict()
+        """Raise ValueError unless a run of configuration `other` may continue with this one.
+
+        The data may have moved to another folder; their names, shares and augmentation may not change.
+        """
+        mine, other = _placeless(self.to_dict()), _placeless(other)
         changed = sorted(
             key
             for key in set(mine) | set(other)
@@ -159,6 +166,17 @@ class TrainConfig:
                 f"{out} holds a run with another {', '.join(changed)}; continue it with its own "
                 "settings, or give another --out"
             )
+
+
+def _placeless(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the folders of its data left out."""
+    return {
+        **values,
+        **{
+            key: [{**source, "path": Path(source["path"]).name} for source in values.get(key, ())]
+            for key in ("data", "heldout")
+        },
+    }
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:

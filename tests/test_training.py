@@ -151,6 +151,10 @@ def test_a_run_is_not_continued_with_other_settings(tmp_path):
     train(TrainConfig.from_dict(settings(tmp_path)), tmp_path / "run", progress=False, max_steps=2)
     with pytest.raises(ValueError, match="another learning_rate"):
         Trainer(TrainConfig.from_dict(settings(tmp_path, learning_rate=1.0)), tmp_path / "run")
+    # The data may have moved.
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    Trainer(TrainConfig.from_dict(settings(moved)), tmp_path / "run")
     # More images are welcome.
     longer = [{"images": 1280, "crop": 8, "batch": 16}]
     Trainer(TrainConfig.from_dict(settings(tmp_path, stages=longer)), tmp_path / "run")
