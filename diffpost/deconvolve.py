@@ -284,7 +284,8 @@ def fit_prior(prior: ScoreModel, grid: Grid, scale: float) -> ScoreModel:
     """The prior at the size of the grid and the flux scale of the target."""
     shape = (1, *grid.shape)
     sized = prior if tuple(prior.shape) == shape else prior.with_shape(shape)
-    return sized.with_affine(scale, 0.0)
+    # A prior whose zero is not the sky's keeps its offset, in proportion.
+    return sized.with_affine(scale, prior.offset / prior.scale * scale)
 
 
 def build_operator(problem: Problem) -> LinearOperator:

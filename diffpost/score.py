@@ -325,7 +325,8 @@ class GaussianScore(_Analytic):
         flat = len(self.shape) >= 2 and all(n == 1 for n in self.eigenvalues.shape[-2:])
         if self._kind == "cov" or (self._kind == "var" and not flat):
             return None
-        return self._gain(*self._schedule(x, t)).to(x.dtype)
+        gain = self._gain(*self._schedule(x, t)).to(x.dtype)
+        return gain.reshape(1, 1) if gain.ndim < 2 else gain  # one number for all modes
 
     def log_prob(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         alpha, sigma2 = self._schedule(x, t)

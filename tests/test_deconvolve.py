@@ -411,3 +411,23 @@ def test_an_interrupted_run_gives_the_same_draws(tmp_path: Path) -> None:
     assert torch.equal(resumed.samples.x, whole.samples.x)
     with pytest.raises(ValueError, match="another run"):
         run(simulated(0.1, seed=1), 0.1, samples=4, batch_size=2, checkpoint=kept)
+
+
+def test_a_prior_keeps_its_offset():
+    """Data about 50 with a prior about 50: a prior shifted to 0 would pull the mean far away."""
+    shifted = GaussianScore(torch.zeros(1, 32, 32), var=1.0, sde=EDM()).with_affine(1.0, 50.0)
+    image = 50.0 + np.random.default_rng(0).normal(0.0, 10.0, (SIDE, SIDE))
+    result = run(image, 10.0, prior=shifted, scale=1.0, keep_neighbours=True)
+    assert abs(result.mean.mean() - 50.0) < 1.0
+
+
+def test_the_error_extension_of_the_same_version_is_used(tmp_path):
+    sky = np.random.default_rng(0).normal(0.0, 0.5, (SIDE, SIDE)) + blurred()
+    hdus = [fits.PrimaryHDU()]
+    for version, level in ((1, 0.2), (2, 0.9)):
+        for name, data in (("SCI", sky), ("ERR", np.full((SIDE, SIDE), level))):
+            hdus.append(fits.ImageHDU(data.astype(np.float32), name=name, ver=version))
+    fits.HDUList(hdus).writeto(tmp_path / "chips.fits")
+    for hdu, level in ((1, 0.2), (3, 0.9)):
+        result = run(tmp_path / "chips.fits", None, hdu=hdu)
+        assert np.median(result.problem.std) == pytest.approx(level, rel=1e-5)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from astropy.io import fits
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
@@ -46,7 +47,7 @@ def noise_of(
     if noise is not None:
         return _noise_map(noise, image, corner, around.shape, notes)
     if not image.path.startswith("<"):
-        found = _noise_hdu(image)
+        found = _noise_hdu(image, notes)
         if found is not None:
             notes.append(f"noise: extension {found.hdu} of the image")
             return _noise_map(found, image, corner, around.shape, notes)
@@ -97,14 +98,25 @@ def expected_flux(residual: Array) -> Array:
     return np.asarray(np.clip(gaussian_filter(filled, 1.0), 0, None))
 
 
-def _noise_hdu(image: FitsImage) -> FitsImage | None:
-    for name in _NOISE_HDUS:
+def _noise_hdu(image: FitsImage, notes: list[str]) -> FitsImage | None:
+    """The error extension of the same version as the image; one that cannot be used is told."""
+    version = image.header.get("EXTVER", 1)
+    with fits.open(image.path) as hdus:
+        numbers = [
+            i
+            for name in _NOISE_HDUS
+            for i, hdu in enumerate(hdus)
+            if hdu.name == name and hdu.ver == version
+        ]
+    for number in numbers:
         try:
-            found = read_image(Path(image.path), hdu=name)
-        except (ValueError, FileNotFoundError):
+            found = read_image(Path(image.path), hdu=number)
+        except ValueError as error:
+            notes.append(f"noise: extension {number} of the image was not used: {error}")
             continue
         if found.data.shape == image.data.shape:
             return found
+        notes.append(f"noise: extension {number} of the image was not used: its shape differs")
     return None
 
 

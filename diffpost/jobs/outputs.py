@@ -280,7 +280,11 @@ def run_record(
             "sha256": prior_hash(result.prior),
             "shape": list(result.prior.shape),
         },
-        "inferred": {"scale": problem.scale, "offset": 0.0, **problem.report},
+        "inferred": {
+            "scale": problem.scale,
+            "offset": float(torch.as_tensor(result.prior.offset).double().mean()),
+            **problem.report,
+        },
         "cutout": {
             "x0": problem.corner[0],
             "y0": problem.corner[1],
