@@ -134,6 +134,21 @@ def test_checkpoint_refuses_another_run(tmp_path):
             sample(*args, progress=False, checkpoint=tmp_path, **kwargs)
 
 
+def test_checkpoint_refuses_a_noise_that_differs_in_the_third_digit(tmp_path):
+    prior = GaussianScore(torch.zeros(6), var=1.0, sde=EDM())
+
+    def posterior(std, gain=1.0):
+        return Posterior(
+            prior, Likelihood(torch.ones(6), gain * Identity(), GaussianNoise(std=std))
+        )
+
+    sample(posterior(0.2), 2, SAMPLER, progress=False, checkpoint=tmp_path)
+    sample(posterior(0.2), 2, SAMPLER, progress=False, checkpoint=tmp_path)  # control: the same run
+    for other in (posterior(0.2002), posterior(0.2, gain=1.001)):
+        with pytest.raises(ValueError, match=r"another run.*the noise"):
+            sample(other, 2, SAMPLER, progress=False, checkpoint=tmp_path)
+
+
 def test_checkpoint_refuses_what_it_cannot_read(tmp_path):
     posterior = problem()
     sample(posterior, 3, SAMPLER, progress=False, checkpoint=tmp_path)
