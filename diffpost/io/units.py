@@ -46,14 +46,15 @@ def parse_unit(text: str) -> Any:
 def is_surface_brightness(text: str | None) -> bool:
     """Whether a unit is per solid angle, so that splitting a pixel leaves its value alone."""
     unit = None if text is None else parse_unit(text)
-    if unit is None or not hasattr(unit, "decompose"):
+    if not isinstance(unit, units.UnitBase):
         return False
     try:
         parts = unit.decompose()
     except units.UnitsError:
         return False
+    # A beam is a solid angle too, whose size the unit does not tell.
     return any(
-        base == units.rad and power == -2
+        (base == units.rad and power == -2) or (base == units.beam and power == -1)
         for base, power in zip(parts.bases, parts.powers, strict=True)
     )
 
@@ -69,7 +70,8 @@ def is_electron_rate(text: str | None) -> bool:
 def is_logarithmic(text: str) -> bool:
     """Whether a unit is a magnitude or another logarithm, not linear in flux."""
     unit = parse_unit(text)
-    return isinstance(unit, units.LogUnit | units.function.FunctionUnitBase) or unit in (
-        units.mag,
-        units.dex,
-    )
+    if unit is None:
+        return re.search(r"mag|\blog|dex|\bdB\b", text, flags=re.IGNORECASE) is not None
+    if not isinstance(unit, units.UnitBase):
+        return True  # magnitudes and their kin are functions of a unit
+    return not {units.mag, units.dex, units.dB}.isdisjoint(unit.bases or [unit])

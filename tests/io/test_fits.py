@@ -17,7 +17,7 @@ from diffpost.io.fits import (
     write_cube,
     write_map,
 )
-from diffpost.io.units import is_electron_rate, is_surface_brightness, parse_unit
+from diffpost.io.units import is_electron_rate, is_logarithmic, is_surface_brightness, parse_unit
 
 
 def base_header(kind: str) -> fits.Header:
@@ -201,6 +201,7 @@ def test_units(tmp_path: Path) -> None:
     assert parse_unit("frobs per fortnight") is None
     assert is_surface_brightness("MJy/sr")
     assert is_surface_brightness("Jy/arcsec2")
+    assert is_surface_brightness("Jy/beam")
     assert not is_surface_brightness("electron / s")
     assert not is_surface_brightness(None)
     assert is_electron_rate("ELECTRONS/S")
@@ -239,3 +240,14 @@ def test_maps_and_cubes_carry_the_world_coordinates(kind: str, tmp_path: Path) -
         cube_points = WCS(hdus[0].header, naxis=2).all_pix2world([[1, 2], [4, 5]], 0)
     assert np.allclose(points, WCS(header).all_pix2world([[1, 2], [4, 5]], 0), atol=1e-12)
     assert np.allclose(points, cube_points, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", ["mag", "mag/arcsec2", "ABmag", "dB", "dex(K)", "log(erg/s)"])
+def test_logarithms_are_known(unit: str) -> None:
+    assert is_logarithmic(unit)
+    assert not is_surface_brightness(unit) or unit == "mag/arcsec2"
+
+
+@pytest.mark.parametrize("unit", ["electron / s", "Jy/beam", "MJy/sr", "nonsense"])
+def test_linear_units_are_no_logarithms(unit: str) -> None:
+    assert not is_logarithmic(unit)
