@@ -12,15 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["app", "main"]
 
@@ -60,7 +57,7 @@ def _bad_input() -> Iterator[None]:
     """What the user can mend ends with one paragraph and exit code 2, not with a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
             text = f"{text}: {error.filename}"
@@ -95,7 +92,10 @@ Draws = Annotated[
     typer.Option("--samples", "-n", min=1, help="Posterior draws.", rich_help_panel="Inference"),
 ]
 Seed = Annotated[
-    int, typer.Option(help="Seed: the same seed gives the same draws.", rich_help_panel="Inference")
+    int,
+    typer.Option(
+        min=0, help="Seed: the same seed gives the same draws.", rich_help_panel="Inference"
+    ),
 ]
 Steps = Annotated[
     int | None,

@@ -132,7 +132,10 @@ class TrainConfig:
         import yaml
 
         path = Path(path)
-        values = yaml.safe_load(path.read_text())
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: got {type(values).__name__}; expected a mapping of settings")
         base = path.parent if root is None else Path(root)

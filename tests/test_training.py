@@ -245,6 +245,9 @@ def test_bad_settings_say_what_is_wrong(tmp_path):
         TrainConfig.from_dict({k: v for k, v in good.items() if k != "network"})
     with pytest.raises(ValueError, match="at or below 1"):
         DataConfig("x.npy", zoom=(1.0, 2.0))
+    (tmp_path / "bad.yaml").write_text("data: [1, 2")
+    with pytest.raises(ValueError, match="is not YAML"):
+        TrainConfig.from_yaml(tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match="got no data"):
         TrainConfig.from_dict({**good, "data": []})
     small = TrainConfig.from_dict({**good, "stages": [{"images": 16, "crop": 16, "batch": 16}]})

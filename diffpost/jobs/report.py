@@ -44,9 +44,10 @@ def report(console: Console, result: DeconvolutionResult, path: Path) -> None:
     console.print()
     console.print(table)
     yardstick = max(chi2["sky"] or 1.0, 0.1)
-    if chi2["target"] is not None and chi2["target"] > 3 * yardstick:
+    worst = chi2["mean"] if chi2["target"] is None else chi2["target"]
+    if worst > 3 * yardstick:
         console.print(
-            f"\n[yellow]On the target the reduced χ² is {chi2['target']:.2f}[/yellow], well above what the "
+            f"\n[yellow]On the target the reduced χ² is {worst:.3g}[/yellow], well above what the "
             "noise explains: the PSF may be off (try --psf-error 0.02), or the noise too low."
         )
     seconds = result.timings["sample"]
