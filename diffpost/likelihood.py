@@ -21,7 +21,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from diffpost.linalg import MatVec, SolveReport, cg, direct
+from diffpost.linalg import MatVec, SolveReport, cg, direct, filtered
 from diffpost.noise import BlockNoise, Noise
 from diffpost.operators.algebra import Stack, scaled_by
 from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, as_double, numel
@@ -410,13 +410,10 @@ class Likelihood:
         if exact is not None:
             one = torch.ones((), dtype=r.dtype, device=r.device)
             return direct(self.noise.whiten_adjoint(exact.solve(self.noise.whiten(r), one)))
-        half = power[..., : shape[-1] // 2 + 1] if power.shape[-1] > 1 else power
-        factor = half.to(r.device, r.dtype)
-
-        def covariance(v: Tensor) -> Tensor:
-            return torch.fft.irfft2(torch.fft.rfft2(v) * factor, s=v.shape[-2:])
-
-        return self.solve_operator_with(linear, covariance, r, tol, max_iter, power)
+        factor = power.to(r.device, r.dtype)
+        return self.solve_operator_with(
+            linear, lambda v: filtered(v, factor), r, tol, max_iter, power
+        )
 
     def _linear(self, r: Tensor) -> LinearOperator:
         if not isinstance(self.operator, LinearOperator):

@@ -21,7 +21,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-__all__ = ["ConvergenceWarning", "MatVec", "SolveReport", "cg", "gmres"]
+__all__ = ["ConvergenceWarning", "MatVec", "SolveReport", "cg", "filtered", "gmres"]
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -56,6 +56,12 @@ class SolveReport:
     def with_x(self, x: Tensor) -> SolveReport:
         """The same report of a transformed solution."""
         return SolveReport(x, self.iterations, self.residual, self.converged, self.indefinite)
+
+
+def filtered(v: Tensor, power: Tensor) -> Tensor:
+    """F^-1 power F v, F the FFT2 of the last two axes; power even in k, broadcastable to v."""
+    half = power[..., : v.shape[-1] // 2 + 1] if power.shape[-1] > 1 else power
+    return torch.fft.irfft2(torch.fft.rfft2(v) * half, s=v.shape[-2:])
 
 
 def direct(x: Tensor) -> SolveReport:

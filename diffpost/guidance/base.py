@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
 
 from diffpost.likelihood import Likelihood
@@ -52,12 +51,6 @@ def tweedie_factor(sde: SDE, x: Tensor, t: Tensor) -> Tensor:
     """sigma^2/alpha at t, shaped to multiply x."""
     t = as_time(t, x)
     return expand(sde.sigma(t) ** 2 / sde.alpha(t), x)
-
-
-def filtered(v: Tensor, power: Tensor) -> Tensor:
-    """F^-1 power F v, F the FFT2 of the last two axes; power even in k, broadcastable to v."""
-    half = power[..., : v.shape[-1] // 2 + 1] if power.shape[-1] > 1 else power
-    return torch.fft.irfft2(torch.fft.rfft2(v) * half, s=v.shape[-2:])
 
 
 def per_entry(values: Tensor, like: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffpost.guidance.base import filtered, squared_nsr
+from diffpost.guidance.base import squared_nsr
 from diffpost.likelihood import Likelihood
-from diffpost.linalg import SolveReport
+from diffpost.linalg import SolveReport, filtered
 from diffpost.operators.base import LinearOperator
 from diffpost.score import ScoreModel
 from diffpost.sde import expand

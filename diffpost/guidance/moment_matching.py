@@ -21,10 +21,10 @@ from typing import final
 
 from torch import Tensor
 
-from diffpost.guidance.base import Guidance, filtered, tweedie_factor
+from diffpost.guidance.base import Guidance, tweedie_factor
 from diffpost.guidance.covariance import Covariance, IsotropicCovariance
 from diffpost.likelihood import Likelihood, Solver
-from diffpost.linalg import cg
+from diffpost.linalg import cg, filtered
 from diffpost.score import ScoreModel
 
 
