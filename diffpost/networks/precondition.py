@@ -20,7 +20,7 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 
-from diffpost.score import ScoreModel
+from diffpost.networks.base import NetworkModel
 from diffpost.sde import SDE, expand
 
 __all__ = ["NetworkScore", "edm_coefficients"]
@@ -38,7 +38,7 @@ def edm_coefficients(nsr: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Te
 
 
 @final
-class NetworkScore(ScoreModel):
+class NetworkScore(NetworkModel):
     """A trained backbone as a `ScoreModel`.
 
     Parameters
@@ -85,22 +85,6 @@ class NetworkScore(ScoreModel):
                 f"got the shape {shape}; expected (C, H, W) with H and W divisible by {self.stride}"
             )
         return shape
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.net.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Self:
-        """A copy whose network lives on `device` in `dtype`."""
-        other = copy.copy(self)
-        other.net = copy.deepcopy(self.net).to(device=device, dtype=dtype)
-        return other
 
     def with_shape(self, shape: tuple[int, ...]) -> Self:
         """The same prior for images of another size, which the stride of the network must divide."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from diffpost.score import ScoreModel
+from diffpost.networks.base import NetworkModel
 from diffpost.sde import SDE, TSVE, VE, VP, as_time, expand
 
 __all__ = ["ScoreModelsNet", "SigmaHeadScore", "network_options"]
@@ -198,7 +198,7 @@ def _config_of(net: nn.Module) -> dict[str, Any] | None:
 
 
 @final
-class SigmaHeadScore(ScoreModel):
+class SigmaHeadScore(NetworkModel):
     """A network of score_models as a `ScoreModel`: score = net(t, x)/sigma(t).
 
     Parameters
@@ -217,6 +217,8 @@ class SigmaHeadScore(ScoreModel):
     ------
     ValueError: for a shape that the stride of the network does not divide.
     """
+
+    net: ScoreModelsNet
 
     def __init__(
         self,
@@ -250,22 +252,6 @@ class SigmaHeadScore(ScoreModel):
         if not self.net.flat and shape[0] != channels:
             raise ValueError(f"got the shape {shape}; the network takes {channels} channels")
         return shape
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.net.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Self:
-        """A copy whose network lives on `device` in `dtype`."""
-        other = copy.copy(self)
-        other.net = copy.deepcopy(self.net).to(device=device, dtype=dtype)
-        return other
 
     def with_shape(self, shape: tuple[int, ...]) -> Self:
         """The same prior for images of another size, which the stride of the network must divide.
