@@ -13,6 +13,7 @@ surface brightness (per solid angle) is the exception that `diffpost.io.units` f
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -103,8 +104,12 @@ class FitsImage:
 
 
 def cutout_corner(x: float, y: float, size: int) -> tuple[int, int]:
-    """First pixel of the square of `size` pixels whose centre is nearest to zero-based (x, y)."""
-    return round(x - (size - 1) / 2), round(y - (size - 1) / 2)
+    """First pixel of the square of `size` pixels whose centre is nearest to zero-based (x, y).
+
+    Where two are equally near, the one further on: always to the same side, whatever the position.
+    """
+    # round() would go to the even of the two.
+    return math.floor(x - size / 2 + 1), math.floor(y - size / 2 + 1)
 
 
 # Reading --------------------------------------------------------------------------------------

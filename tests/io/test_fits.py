@@ -11,6 +11,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from diffpost.io.fits import (
+    cutout_corner,
     read_image,
     regrid_header,
     sky_to_pixel,
@@ -126,6 +127,21 @@ def test_a_cutout_is_centred_and_empty_beyond_the_image(tmp_path: Path) -> None:
     assert np.allclose(WCS(cut.header).all_world2pix(sky, 0), [[2, 2]], atol=1e-6)
     with pytest.raises(ValueError, match="off the image"):
         image.cutout(10, 3, 5)
+
+
+@pytest.mark.parametrize("size", [8, 9, 24, 25])
+def test_a_cutout_halfway_between_pixels_goes_to_the_same_side_everywhere(size: int) -> None:
+    # A whole pixel as the centre suits odd sizes, a pixel's edge even ones.
+    exact = 0.5 * ((size - 1) % 2)
+    halfway = exact + 0.5
+    for x in range(40, 60):
+        first, _ = cutout_corner(x + exact, 50, size)
+        assert first + (size - 1) / 2 == x + exact
+        assert cutout_corner(x + halfway, 50, size)[0] == first + 1
+        assert cutout_corner(50, x + halfway, size)[1] == first + 1
+        # Nearest all the same: a little less than halfway stays.
+        assert cutout_corner(x + halfway - 1e-6, 50, size)[0] == first
+        assert cutout_corner(x + exact - 0.49, 50, size)[0] == first
 
 
 def test_a_sky_position_in_degrees_or_sexagesimal_finds_its_pixel() -> None:
