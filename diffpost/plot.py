@@ -385,7 +385,7 @@ def _stroke() -> list[Any]:
 
 def _compass(ax: Axes, header: Header, shape: tuple[int, ...]) -> None:
     """North and east, from the celestial WCS, in the upper right corner."""
-    from diffpost.io.fits import north_east
+    from diffpost.io.wcs import north_east
 
     directions = north_east(header, shape)
     if directions is None:

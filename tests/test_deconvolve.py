@@ -15,6 +15,7 @@ from astropy.wcs import WCS
 
 from diffpost.deconvolve import DeconvolutionResult, autocorrelation, deconvolve
 from diffpost.jobs.outputs import OutputFolder
+from diffpost.jobs.problem import prepare
 from diffpost.operator import Convolve
 from diffpost.samplers import DPMSolver
 from diffpost.samples import Samples
@@ -419,6 +420,61 @@ def test_a_prior_keeps_its_offset():
     image = 50.0 + np.random.default_rng(0).normal(0.0, 10.0, (SIDE, SIDE))
     result = run(image, 10.0, prior=shifted, scale=1.0, keep_neighbours=True)
     assert abs(result.mean.mean() - 50.0) < 1.0
+
+
+def chips(path: Path, sky: np.ndarray, error: np.ndarray) -> Path:
+    planes = [fits.PrimaryHDU(), fits.ImageHDU(sky, name="SCI"), fits.ImageHDU(error, name="ERR")]
+    fits.HDUList(planes).writeto(path)
+    return path
+
+
+def noisy_sky() -> np.ndarray:
+    return np.random.default_rng(0).normal(0.0, 0.5, (SIDE, SIDE)) + blurred()
+
+
+@pytest.mark.parametrize("plane", [0, 2])
+def test_the_error_plane_of_a_cube_is_that_of_the_image(tmp_path: Path, plane: int) -> None:
+    sky = np.stack([noisy_sky()] * 3)
+    levels = (0.2, 0.4, 0.9)
+    error = np.stack([np.full((SIDE, SIDE), level) for level in levels])
+    problem = prepare(chips(tmp_path / "a.fits", sky, error), star(17, 8, 8), plane=plane)
+    assert np.allclose(problem.std, levels[plane])
+    assert any("noise: extension 2 (ERR) of the image" in note for note in problem.notes)
+    assert not any("was not used" in note for note in problem.notes)
+    # A single error image serves every plane; a cube of another length none, and that is told.
+    one = prepare(chips(tmp_path / "b.fits", sky, error[1]), star(17, 8, 8), plane=plane)
+    assert np.allclose(one.std, 0.4)
+    two = prepare(chips(tmp_path / "c.fits", sky, error[:2]), star(17, 8, 8), plane=plane)
+    assert two.report["noise"]["source"] == "sky"
+    assert any("not used" in note and "holds 2 images" in note for note in two.notes)
+    # A map that is named follows the plane as well.
+    fits.PrimaryHDU(error).writeto(tmp_path / "rms.fits")
+    image, rms = tmp_path / "b.fits", tmp_path / "rms.fits"
+    assert np.allclose(prepare(image, star(17, 8, 8), rms, plane=plane).std, levels[plane])
+
+
+def test_zeros_of_an_error_extension_are_masked_and_those_of_a_map_refused(tmp_path: Path) -> None:
+    error = np.full((SIDE, SIDE), 0.5)
+    error[3, 4:9] = 0.0
+    error[5, 5] = np.nan
+    problem = prepare(chips(tmp_path / "a.fits", noisy_sky(), error), star(17, 8, 8))
+    assert np.isinf(problem.std[3, 4:9]).all()
+    assert np.isnan(problem.data[3, 4:9]).all()
+    assert np.isfinite(problem.std).sum() == SIDE**2 - 6
+    assert any("6 pixels around the target are zero, inf or NaN" in note for note in problem.notes)
+    # Negative controls: the same map, named; negative values; nothing left.
+    with pytest.raises(ValueError, match="has 5 pixels that are zero or negative"):
+        prepare(tmp_path / "a.fits", star(17, 8, 8), error)
+    with pytest.raises(ValueError, match=r"extension 2 \(ERR\) .* 576 pixels that are negative"):
+        prepare(chips(tmp_path / "b.fits", noisy_sky(), -np.ones((SIDE, SIDE))), star(17, 8, 8))
+    with pytest.raises(ValueError, match="no finite pixel around the target"):
+        prepare(chips(tmp_path / "c.fits", noisy_sky(), 0 * error), star(17, 8, 8))
+
+
+def test_an_image_is_not_its_own_noise(tmp_path: Path) -> None:
+    path = chips(tmp_path / "a.fits", noisy_sky(), np.ones((SIDE, SIDE)))
+    with pytest.raises(ValueError, match="is the image itself"):
+        prepare(path, star(17, 8, 8), path)
 
 
 def test_the_error_extension_of_the_same_version_is_used(tmp_path):

@@ -1,14 +1,7 @@
 """FITS images in, FITS maps out, with their world coordinates right.
 
-A FITS image puts pixel centres at integer coordinates that start from 1, so the lower left corner of
-the first pixel lies at 1/2.  Cutting (x0, y0) zero-based pixels away and splitting each pixel into
-K x K therefore moves a position p (in pixels, along one axis) to
-
-    p' = K (p - x0 - 1/2) + 1/2
-
-which is what `regrid_header` does to CRPIX, while the matrix (CD, or CDELT next to PC or CROTA)
-shrinks by K and the SIP polynomial A_pq u^p v^q scales as K^(1 - p - q).  Images are flux per pixel;
-surface brightness (per solid angle) is the exception that `diffpost.io.units` finds out.
+Images are flux per pixel; surface brightness (per solid angle) is the exception that `diffpost.io.units`
+finds out.  `diffpost.io.wcs` says where a pixel is on the sky.
 """
 
 from __future__ import annotations
@@ -22,21 +15,17 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from astropy import units
 from astropy.io import fits
-from astropy.wcs import WCS, FITSFixedWarning
-from astropy.wcs.utils import proj_plane_pixel_scales
 from numpy.typing import NDArray
 
 from diffpost.io.units import is_logarithmic, parse_unit
+from diffpost.io.wcs import pixel_scale, regrid_header
 
 __all__ = [
     "FitsImage",
-    "north_east",
-    "pixel_scale",
+    "cutout_corner",
+    "read_companion",
     "read_image",
-    "regrid_header",
-    "sky_to_pixel",
     "write_cube",
     "write_map",
 ]
@@ -60,6 +49,7 @@ class FitsImage:
     header: of the HDU read, moved along by `cutout`.
     unit: BUNIT as the file has it, None when missing.
     notes: what the reader found worth telling.
+    plane: (number from 0, of how many) where it is one image of a cube.
     """
 
     data: Array
@@ -68,6 +58,7 @@ class FitsImage:
     hdu: str
     unit: str | None = None
     notes: tuple[str, ...] = ()
+    plane: tuple[int, int] | None = None
 
     @property
     def pixel_scale(self) -> float | None:
@@ -135,6 +126,34 @@ def read_image(
     ValueError: it is not FITS, is cut off, holds no image, or a cube without a choice of plane.
     """
     path = Path(path)
+    return _image_of(*_load(path, hdu), plane, path)
+
+
+def read_companion(
+    path: str | os.PathLike[str], image: FitsImage, *, hdu: int | str | None = None
+) -> FitsImage:
+    """Read a map that goes with an image, such as its noise: of a cube, the plane of the same number.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError: as `read_image`; a cube of another number of planes than the image's.
+    """
+    path = Path(path)
+    data, header, name = _load(path, hdu)
+    planes = _planes(data)
+    if not planes:
+        return _image_of(data, header, name, None, path)
+    number, of = image.plane or (0, 0)
+    if planes != [of]:
+        raise ValueError(
+            f"HDU {name} of {path} holds {' x '.join(map(str, planes))} images and the image is "
+            f"{f'one of {of}' if of else 'no plane of a cube'}; expected one map, or one a plane"
+        )
+    return _image_of(data, header, name, number, path)
+
+
+def _load(path: Path, hdu: int | str | None) -> tuple[Array, fits.Header, str]:
+    """Data, header and name of an HDU that holds an image or more."""
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     if path.is_dir():
@@ -156,6 +175,13 @@ def read_image(
         raise ValueError(
             f"cannot read {path} as FITS ({error}); the file is not FITS, or it is damaged or cut off"
         ) from error
+    return data, header, name
+
+
+def _image_of(
+    data: Array, header: fits.Header, name: str, plane: int | None, path: Path
+) -> FitsImage:
+    planes = _planes(data)
     data, header = _two_dimensional(data, header, plane, path)
     notes = []
     text = header.get("BUNIT")
@@ -173,7 +199,20 @@ def read_image(
                 f"{path}: BUNIT = {unit!r} is logarithmic; expected an image that is linear in flux"
             )
     data = np.where(np.isfinite(data), data, np.nan)
-    return FitsImage(data, header, str(path), name, unit, tuple(notes))
+    return FitsImage(
+        data,
+        header,
+        str(path),
+        name,
+        unit,
+        tuple(notes),
+        (plane, planes[0]) if planes and plane is not None else None,
+    )
+
+
+def _planes(data: Array) -> list[int]:
+    """Lengths of the axes before the image's; those of length 1 do not count."""
+    return [n for n in data.shape[:-2] if n > 1]
 
 
 class _Refused(Exception):
@@ -211,7 +250,7 @@ def _two_dimensional(
     data: Array, header: fits.Header, plane: int | None, path: Path
 ) -> tuple[Array, fits.Header]:
     shape = data.shape
-    data = data.reshape([n for n in shape[:-2] if n > 1] + list(shape[-2:]))
+    data = data.reshape([*_planes(data), *shape[-2:]])
     if data.ndim == 2:
         if plane not in (None, 0):
             raise ValueError(f"{path} holds one image; got plane {plane}, expected none or 0")
@@ -248,150 +287,6 @@ def _drop_axes(header: fits.Header) -> fits.Header:
     if "NAXIS" in out:
         out["NAXIS"] = 2
     return out
-
-
-# World coordinates ------------------------------------------------------------------------------
-
-
-def _wcs(header: fits.Header) -> WCS:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FITSFixedWarning)
-        warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
-        return WCS(header, naxis=2)
-
-
-def pixel_scale(header: fits.Header) -> float | None:
-    """Side of a pixel in arcsec (geometric mean of both axes), None without a celestial WCS."""
-    wcs = _wcs(header)
-    if not wcs.has_celestial:
-        return None
-    x, y = proj_plane_pixel_scales(wcs.celestial)
-    return float(np.sqrt(x * y) * 3600)
-
-
-def sky_to_pixel(header: fits.Header, ra: str | float, dec: str | float) -> tuple[float, float]:
-    """Zero-based pixel of a sky position, in degrees or in sexagesimal hours and degrees (ICRS).
-
-    Raises
-    ------
-    ValueError: the position cannot be read, or the header has no celestial WCS.
-    """
-    from astropy.coordinates import SkyCoord
-
-    wcs = _wcs(header)
-    if not wcs.has_celestial:
-        raise ValueError(
-            "the image has no celestial world coordinates; give the target in pixels (--cutout)"
-        )
-    try:
-        try:
-            position = SkyCoord(float(ra), float(dec), unit="deg")
-        except ValueError:
-            position = SkyCoord(str(ra), str(dec), unit=("hourangle", "deg"))
-    except Exception as error:  # astropy's parser raises several kinds
-        raise ValueError(
-            f"cannot read the position {ra} {dec} ({error}); expected degrees, or hours and degrees "
-            "such as 00:14:20.0 -30:23:16"
-        ) from error
-    x, y = wcs.celestial.world_to_pixel(position)
-    if not (np.isfinite(x) and np.isfinite(y)):
-        raise ValueError(f"the position {ra} {dec} is not on the image's projection")
-    return float(x), float(y)
-
-
-def north_east(
-    header: fits.Header, shape: tuple[int, ...]
-) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """Unit vectors (x, y) in pixels towards north and east at the middle of an image, or None."""
-    from astropy.coordinates import SkyCoord
-
-    wcs = _wcs(header)
-    if not wcs.has_celestial:
-        return None
-    wcs = wcs.celestial
-    x, y = (shape[1] - 1) / 2, (shape[0] - 1) / 2
-    middle = wcs.pixel_to_world(x, y)
-    if not isinstance(middle, SkyCoord):
-        return None
-    out = []
-    for angle in (0.0, 90.0):
-        px, py = wcs.world_to_pixel(
-            middle.directional_offset_by(angle * units.deg, 1.0 * units.arcsec)
-        )
-        step = np.array([float(px) - x, float(py) - y])
-        norm = float(np.hypot(*step))
-        if not (np.isfinite(norm) and norm > 0):
-            return None
-        out.append((float(step[0] / norm), float(step[1] / norm)))
-    return out[0], out[1]
-
-
-def regrid_header(header: fits.Header, *, x0: int = 0, y0: int = 0, factor: int = 1) -> fits.Header:
-    """The header after cutting away (x0, y0) pixels and splitting each pixel into factor x factor.
-
-    Treats the primary and every alternate WCS (CD, PC with CDELT, CROTA), SIP and IRAF's LTV/LTM.
-    Lookup-table distortions belong to a full frame and are not supported.
-
-    Raises
-    ------
-    ValueError: for a factor below 1 or a header with lookup-table distortions.
-    """
-    if factor < 1:
-        raise ValueError(f"got an oversampling of {factor}; expected an integer of at least 1")
-    if any(key in header for key in ("CPDIS1", "CPDIS2", "D2IMDIS1", "D2IMDIS2")) and (
-        factor > 1 or x0 or y0
-    ):
-        raise ValueError(
-            "the image's world coordinates use a lookup table (CPDIS/D2IMDIS); drizzle or resample "
-            "the image to a plain projection first"
-        )
-    out = header.copy()
-    for axis, start in ((1, x0), (2, y0)):
-        for suffix in ["", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]:
-            _regrid_axis(out, axis, start, factor, suffix)
-        if f"LTV{axis}" in out or f"LTM{axis}_{axis}" in out:
-            # IRAF: pixel = LTM physical + LTV, with the same halves as CRPIX
-            old = float(out.get(f"LTV{axis}", 0.0))
-            out[f"LTV{axis}"] = factor * (old - start - 0.5) + 0.5
-            out[f"LTM{axis}_{axis}"] = factor * float(out.get(f"LTM{axis}_{axis}", 1.0))
-    if factor > 1:
-        _regrid_sip(out, factor)
-    return out
-
-
-def _regrid_axis(header: fits.Header, axis: int, start: int, factor: int, suffix: str) -> None:
-    key = f"CRPIX{axis}{suffix}"
-    described = (
-        key in header or f"CTYPE{axis}{suffix}" in header or f"CRVAL{axis}{suffix}" in header
-    )
-    if not described:
-        return
-    header[key] = factor * (float(header.get(key, 0.0)) - start - 0.5) + 0.5
-    if factor == 1:
-        return
-    # A column of CD belongs to a pixel axis.
-    columns = [f"CD{i}_{axis}{suffix}" for i in (1, 2)]
-    if any(name in header for name in columns) or any(
-        f"CD{i}_{j}{suffix}" in header for i in (1, 2) for j in (1, 2)
-    ):
-        for name in columns:
-            if name in header:
-                header[name] = float(header[name]) / factor
-        return
-    cdelt = f"CDELT{axis}{suffix}"
-    # CDELT scales a row of PC; both pixel axes are split alike, so both rows take the factor.
-    header[cdelt] = float(header.get(cdelt, 1.0)) / factor
-
-
-def _regrid_sip(header: fits.Header, factor: int) -> None:
-    for key in list(header):
-        match = re.match(r"^(A|B|AP|BP)_(\d)_(\d)$", key)
-        if match:
-            order = int(match[2]) + int(match[3])
-            header[key] = float(header[key]) * float(factor) ** (1 - order)
-    for key in ("A_DMAX", "B_DMAX"):
-        if key in header:
-            header[key] = float(header[key]) * factor
 
 
 # Writing --------------------------------------------------------------------------------------

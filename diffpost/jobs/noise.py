@@ -1,14 +1,14 @@
 """The noise of an image: given, read from its file, or measured on the sky.
 
-In this order: a number or a map; an extension ERR or RMS of the image's file; a keyword; the sky, whose
-correlated noise is inflated to what it is on scales larger than a pixel, and to which the Poisson
-noise of the sources is added for images in electrons per second of known exposure time.
+In this order: a number or a map; an extension ERR or RMS of the image's file, of a cube the plane of the
+same number; a keyword; the sky, whose correlated noise is inflated to what it is on scales larger than a
+pixel, and to which the Poisson noise of the sources is added for images in electrons per second of
+known exposure time.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from astropy.io import fits
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from diffpost.io.fits import FitsImage, read_image
+from diffpost.io.fits import FitsImage, read_companion
 from diffpost.io.units import is_electron_rate
 from diffpost.jobs.target import Scene, sky_noise
 
@@ -37,7 +37,18 @@ def noise_of(
     exptime: float | None,
     notes: list[str],
 ) -> tuple[Array, dict[str, Any]]:
-    """Standard deviation of every pixel of the window; inf where it says that there is no data."""
+    """Standard deviation (h, w) of every pixel of the window, in the image's unit; inf where there is no
+    data.  And the same in numbers, under "noise".
+
+    noise: standard deviation as a number or a map of the whole image; None: look for it.
+    corner: zero-based (x, y) in the image of the window; around: (h, w) the image there; scene: what is on it.
+    exptime: seconds, for the Poisson noise; notes: where to tell what was found.
+
+    Raises
+    ------
+    ValueError: a noise that is not positive, a map of another shape than the image's or without a usable
+        pixel, an exposure time that is not positive, or no noise to be found.
+    """
     shape = around.shape
     if isinstance(noise, int | float):
         if not (math.isfinite(noise) and noise > 0):
@@ -45,12 +56,16 @@ def noise_of(
         notes.append(f"noise: {noise:.4g} per pixel everywhere, as given")
         return np.full(shape, float(noise)), {"noise": {"source": "given", "std": float(noise)}}
     if noise is not None:
+        if (noise.path, noise.hdu) == (image.path, image.hdu) and not image.path.startswith("<"):
+            raise ValueError(
+                f"the noise map {noise.path} is the image itself; give a map of standard deviations, or "
+                "none: an extension ERR or RMS of the image is found by itself"
+            )
         return _noise_map(noise, image, corner, around.shape, notes)
     if not image.path.startswith("<"):
         found = _noise_hdu(image, notes)
         if found is not None:
-            notes.append(f"noise: extension {found.hdu} of the image")
-            return _noise_map(found, image, corner, around.shape, notes)
+            return _noise_map(found, image, corner, around.shape, notes, found=True)
     for key in _NOISE_CARDS:
         value = image.header.get(key)
         if isinstance(value, int | float) and math.isfinite(value) and value > 0:
@@ -110,7 +125,7 @@ def _noise_hdu(image: FitsImage, notes: list[str]) -> FitsImage | None:
         ]
     for number in numbers:
         try:
-            found = read_image(Path(image.path), hdu=number)
+            found = read_companion(image.path, image, hdu=number)
         except ValueError as error:
             notes.append(f"noise: extension {number} of the image was not used: {error}")
             continue
@@ -126,28 +141,38 @@ def _noise_map(
     corner: tuple[int, int],
     shape: tuple[int, ...],
     notes: list[str],
+    *,
+    found: bool = False,
 ) -> tuple[Array, dict[str, Any]]:
+    """found: nobody named it, and its zeros mean what pipelines mean by them: no data."""
     (wx, wy), (h, w) = corner, shape
+    name = f"extension {noise.hdu} of the image" if found else f"map {noise.path}"
     if noise.data.shape != image.data.shape:
         raise ValueError(
-            f"the noise map {noise.path} has {noise.data.shape[1]} x {noise.data.shape[0]} pixels and "
+            f"the noise {name} has {noise.data.shape[1]} x {noise.data.shape[0]} pixels and "
             f"the image {image.data.shape[1]} x {image.data.shape[0]}; they must be of one shape"
         )
-    bad = int((noise.data <= 0).sum())
+    data = np.where(noise.data == 0, np.nan, noise.data) if found else noise.data
+    bad = int((data <= 0).sum())
     if bad:
+        kind = "negative" if found else "zero or negative"
         raise ValueError(
-            f"the noise map {noise.path} has {bad} pixels that are zero or negative; a standard "
-            "deviation is positive. If they mark pixels without data, set them to inf or NaN: those "
-            "are masked"
+            f"the noise {name} has {bad} pixels that are {kind}; a standard deviation is positive. "
+            "If they mark pixels without data, set them to inf or NaN: those are masked"
         )
-    if not np.isfinite(noise.data).any():
-        raise ValueError(f"the noise map {noise.path} has no finite pixel")
-    values = noise.data[wy : wy + h, wx : wx + w]
-    masked = int((~np.isfinite(values)).sum())
-    typical = float(np.nanmedian(values))
-    told = f"noise: map {noise.path}, median {typical:.4g} per pixel"
+    gaps = "zero, inf or NaN" if found else "inf or NaN"
+    values = data[wy : wy + h, wx : wx + w]
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ValueError(
+            f"the noise {name} has no finite pixel around the target: they are {gaps}; give the noise "
+            "by --noise RMS.fits or --noise-std"
+        )
+    masked = int((~finite).sum())
+    typical = float(np.median(values[finite]))
+    told = f"noise: {name}, median {typical:.4g} per pixel"
     if masked:
-        told += f"; {masked} pixels around the target are inf or NaN and masked"
+        told += f"; {masked} pixels around the target are {gaps} and masked"
     notes.append(told)
     report = {"source": noise.path, "std": typical, "masked": masked}
-    return np.where(np.isfinite(values), values, np.inf), {"noise": report}
+    return np.where(finite, values, np.inf), {"noise": report}

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from diffpost.io.fits import (
     FitsImage,
     cutout_corner,
+    read_companion,
     read_image,
-    regrid_header,
-    sky_to_pixel,
 )
 from diffpost.io.units import is_surface_brightness
+from diffpost.io.wcs import regrid_header, sky_to_pixel
 from diffpost.jobs.noise import expected_flux, noise_of
 from diffpost.jobs.psf import Psf, oversampling_of, prepare_psf
 from diffpost.jobs.target import Scene, infer_scale, read_scene, sky_noise
@@ -211,7 +211,9 @@ def prepare(
     scene = read_scene(around, (x - wx, y - wy), background=background)
     notes += scene.notes
 
-    given, report = noise_of(_noise_source(noise), whole, (wx, wy), around, scene, exptime, notes)
+    given, report = noise_of(
+        _noise_source(noise, whole), whole, (wx, wy), around, scene, exptime, notes
+    )
     inner = _window(x0 - wx, y0 - wy, width, height)
     level = inner(scene.background, 0.0)
     std = inner(given, np.inf)
@@ -383,9 +385,11 @@ def _window(x0: int, y0: int, width: int, height: int) -> Any:
     return cut
 
 
-def _noise_source(noise: float | ImageLike | None) -> float | FitsImage | None:
+def _noise_source(noise: float | ImageLike | None, image: FitsImage) -> float | FitsImage | None:
     if isinstance(noise, bool):
         raise ValueError(f"got noise = {noise}; expected a standard deviation or a map")
     if noise is None or isinstance(noise, int | float):
         return noise
+    if isinstance(noise, str | os.PathLike):
+        return read_companion(noise, image)
     return _image(noise, "noise map")

@@ -21,7 +21,7 @@ from astropy.io import fits
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from diffpost.io.fits import pixel_scale
+from diffpost.io.wcs import pixel_scale
 
 __all__ = ["Psf", "centroid", "oversampling_of", "prepare_psf"]
 

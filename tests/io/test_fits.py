@@ -12,13 +12,13 @@ from astropy.wcs import WCS
 
 from diffpost.io.fits import (
     cutout_corner,
+    read_companion,
     read_image,
-    regrid_header,
-    sky_to_pixel,
     write_cube,
     write_map,
 )
 from diffpost.io.units import is_electron_rate, is_logarithmic, is_surface_brightness, parse_unit
+from diffpost.io.wcs import regrid_header, sky_to_pixel
 
 
 def base_header(kind: str) -> fits.Header:
@@ -182,6 +182,22 @@ def test_an_extension_and_a_plane_can_be_chosen(tmp_path: Path) -> None:
         read_image(path, hdu="SCI")
     with pytest.raises(ValueError, match="is not an image"):
         read_image(path, hdu=1)
+
+
+def test_a_companion_is_the_plane_of_the_same_number(tmp_path: Path) -> None:
+    cube = np.arange(3.0)[:, None, None] * np.ones((3, 4, 5))
+    sci, err = fits.ImageHDU(cube, name="SCI"), fits.ImageHDU(10 + cube, name="ERR")
+    flat = fits.ImageHDU(np.full((4, 5), 7.0), name="FLAT")
+    path = tmp_path / "cube.fits"
+    fits.HDUList([fits.PrimaryHDU(), sci, err, flat]).writeto(path)
+    image = read_image(path, plane=2)
+    assert image.plane == (2, 3)
+    assert (read_companion(path, image, hdu="ERR").data == 12).all()
+    assert (read_companion(path, image, hdu="FLAT").data == 7).all()
+    single = read_image(path, hdu="FLAT")
+    assert single.plane is None
+    with pytest.raises(ValueError, match=r"holds 3 images and the image is no plane of a cube"):
+        read_companion(path, single, hdu="ERR")
 
 
 def test_what_is_not_a_readable_image_is_refused_in_words(tmp_path: Path) -> None:
