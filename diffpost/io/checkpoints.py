@@ -7,13 +7,14 @@ A prior is a folder of two files:
                             image, the map to physical units, and whatever else its maker wants to tell
 
 The head says how the network becomes a score: "edm" is `NetworkScore` (Karras et al. 2022,
-arXiv:2206.00364), "sigma" is `SigmaHeadScore`, net(t, x)/sigma(t).  Neither file can run code, and each is
-replaced in one step, so that a kill leaves the old one or the new one.  Folders that score_models wrote
-are read too.
+arXiv:2206.00364), "sigma" is `SigmaHeadScore`, net(t, x)/sigma(t).  Neither file can run code.  Both are
+written in full before the first is replaced, and the card holds the SHA-256 of its weights, so that a
+pair that a kill tore apart is noticed.  Folders that score_models wrote are read too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from importlib import resources
@@ -39,7 +40,8 @@ __all__ = ["load_prior", "save_prior", "shipped_priors"]
 _WEIGHTS, _CARD = "weights.safetensors", "card.json"
 _FORMAT = 1
 _REQUIRED = ("format", "head", "network", "sde", "shape", "scale", "offset")
-RESERVED = (*_REQUIRED, "sigma_data", "stride")  # names that a card's maker may not use
+_HASH = "weights_sha256"
+RESERVED = (*_REQUIRED, "sigma_data", "stride", _HASH)  # names that a card's maker may not use
 
 
 def shipped_priors() -> list[str]:
@@ -70,7 +72,7 @@ def save_prior(
     Raises:
         ValueError: a model of another class or of a network without a configuration, a card that is not plain
             JSON or uses a name of ours, weights that are not finite in `dtype`, another dtype.
-        OSError: the folder cannot be written, or the disk is full; a file that was there stays.
+        OSError: the folder cannot be written, or the disk is full; a prior that was there stays.
     """
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"save_prior(dtype={dtype}): expected torch.float32 or torch.float16")
@@ -100,10 +102,6 @@ def save_prior(
     }
     if isinstance(model, NetworkScore):
         card["sigma_data"] = model.sigma_data
-    try:
-        text = json.dumps({**card, **model.card}, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"save_prior: the card is not plain JSON: {error}") from error
     tensors = {}
     for key, value in model.net.state_dict().items():
         stored = value.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
@@ -113,10 +111,15 @@ def save_prior(
 
     from safetensors.torch import save
 
+    weights = save(tensors)
+    card[_HASH] = hashlib.sha256(weights).hexdigest()
+    try:
+        text = json.dumps({**card, **model.card}, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_prior: the card is not plain JSON: {error}") from error
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / _WEIGHTS, save(tensors))
-    _replace(folder / _CARD, f"{text}\n".encode())
+    _replace({folder / _WEIGHTS: weights, folder / _CARD: f"{text}\n".encode()})
 
 
 def load_prior(
@@ -138,8 +141,9 @@ def load_prior(
         checkpoint, ema_length: which of the checkpoints in a folder of score_models; None is the last.
 
     Raises:
-        ValueError: no such prior, a file that is missing, truncated or of another network, a card with
-            missing or unknown values; the message names the file.
+        ValueError: no such prior, a file that is missing, truncated or of another network, weights that
+            are not those of the card (where it holds their hash; older cards do not), a card with missing
+            or unknown values; the message names the file.
         ImportError: a network of score_models where that is not installed.
     """
     folder = _find(name_or_dir)
@@ -198,7 +202,7 @@ def _load(folder: Path) -> NetworkScore | SigmaHeadScore:
         )
     if head not in ("edm", "sigma"):
         raise ValueError(f"{path}: got head {head!r}; expected 'edm' or 'sigma'")
-    state = _read_weights(folder / _WEIGHTS)
+    state = _read_weights(folder / _WEIGHTS, card.get(_HASH))
     rest = {key: value for key, value in card.items() if key not in RESERVED}
     try:
         net = build_network(card["network"])
@@ -218,17 +222,26 @@ def _load(folder: Path) -> NetworkScore | SigmaHeadScore:
     return model
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors in float32."""
+def _read_weights(path: Path, expected: Any) -> dict[str, Tensor]:
+    """Tensors in float32; expected: SHA-256 of the file, None where the card does not tell."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the prior is incomplete")
+    content = path.read_bytes()
     try:
-        state = load_file(path)
+        state = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt ({error}); fetch it again") from error
+    found = hashlib.sha256(content).hexdigest()
+    if expected is not None and found != expected:
+        raise ValueError(
+            f"{path}: got a file with SHA-256 {found[:12]}..., and {_CARD} was written with "
+            f"{str(expected)[:12]}...; one of the two was replaced without the other, or the weights "
+            "are damaged. Fetch or save the prior again; if it is being trained, load it again after "
+            "its next checkpoint"
+        )
     return {key: value.float() for key, value in state.items()}
 
 
@@ -240,15 +253,18 @@ def _affine(value: Any) -> float | Tensor:
     return torch.tensor(value) if isinstance(value, list) else float(value)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one beside it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _replace(contents: dict[Path, bytes]) -> None:
+    """Write files through temporary ones beside them; none is replaced before all are written."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            with temporary[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(temporary[path], path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
         raise

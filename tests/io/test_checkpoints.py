@@ -445,6 +445,62 @@ def test_a_save_that_fails_leaves_the_old_prior(
     assert torch.equal(load_prior(tmp_path).net.state_dict()[key], first.net.state_dict()[key])
 
 
+def test_a_full_disk_at_the_card_leaves_the_old_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = small(1), small(2, card={"which": "second"})
+    save_prior(tmp_path, first)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    fsync, calls = os.fsync, []
+
+    def full_at_second(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_second)
+    with pytest.raises(OSError, match="No space left"):
+        save_prior(tmp_path, second)
+    assert len(calls) == 2  # the weights had been written
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_weights_and_card_of_different_saves_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "prior"
+    save_prior(folder, small(1))
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name == "card.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_prior(folder, small(2))
+    with pytest.raises(ValueError, match=r"weights.safetensors: .*without the other.*again"):
+        load_prior(folder)
+    save_prior(folder, small(2))
+    weights, card = folder / "weights.safetensors", folder / "card.json"
+    assert load_prior(folder).card == {}
+    # One bit of one number: safetensors alone would take it.
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"got a file with SHA-256 .* damaged"):
+        load_prior(folder)
+    # Cards of older versions have no hash and load as ever.
+    values = json.loads(card.read_text())
+    assert re.fullmatch("[0-9a-f]{64}", values.pop("weights_sha256"))
+    card.write_text(json.dumps(values))
+    load_prior(folder)
+    with pytest.raises(ValueError, match="may not use the name weights_sha256"):
+        save_prior(folder, small(card={"weights_sha256": "0"}))
+
+
 def test_broken_priors(tmp_path: Path) -> None:
     save_prior(tmp_path, small())
     weights, card = tmp_path / "weights.safetensors", tmp_path / "card.json"
