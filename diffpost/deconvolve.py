@@ -27,7 +27,7 @@ from torch import Tensor
 from diffpost.guidance import Guidance, IsotropicCovariance, MomentMatching
 from diffpost.jobs.problem import Grid, ImageLike, Problem, prepare
 from diffpost.likelihood import Likelihood
-from diffpost.networks.error_spectrum import covariance_from_card
+from diffpost.networks.denoising_error import covariance_from_card
 from diffpost.networks.precondition import NetworkScore
 from diffpost.networks.score_models import SigmaHeadScore
 from diffpost.noise import GaussianNoise
@@ -53,7 +53,7 @@ def default_inference(prior: ScoreModel, likelihood: Likelihood) -> tuple[Guidan
     """The guidance and the sampler that the job uses unless told otherwise.
 
     Moment matching.  A Gaussian prior's Jacobian is known in closed form, and it is exact.  For a
-    network, the spectrum of its denoising error in the prior's card stands in for the Jacobian, at no
+    network, the denoising error tabulated in the prior's card stands in for the Jacobian, at no
     VJP; without one, white pixels of a variance above that of any mode, which errs on the side of
     following the data slowly (with a smaller variance, smooth modes are moved too far in every step and
     the trajectory breaks up).

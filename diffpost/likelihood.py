@@ -26,7 +26,13 @@ from diffpost.noise import BlockNoise, Noise
 from diffpost.operators.algebra import Stack, scaled_by
 from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, as_double, numel
 from diffpost.operators.nonlinear import Affine, NonlinearStack
-from diffpost.structured import WhitenedSolve, near_solve, spectral_solve, structured_solve
+from diffpost.structured import (
+    WhitenedSolve,
+    blended,
+    near_solve,
+    spectral_solve,
+    structured_solve,
+)
 
 __all__ = ["Likelihood"]
 
@@ -343,6 +349,7 @@ class Likelihood:
         max_iter: int = 200,
         s_precond: Tensor | float | None = None,
         solver: Solver = cg,
+        gain: Tensor | None = None,
     ) -> SolveReport:
         """Solves (Sigma + L C L^T) v = r for any symmetric positive C, in whitened units.
 
@@ -357,6 +364,7 @@ class Likelihood:
                 (B, *shape). None does not precondition.
             solver: ``cg``, or ``gmres`` for a C that is not symmetric, as the Jacobian of a network
                 may be.
+            gain: G, (B, *shape), where C is like G P G with P of eigenvalues ``s_precond``.
 
         Returns:
             A report; ``.x`` is v, (B, *data), 0 where masked.
@@ -370,8 +378,10 @@ class Likelihood:
         if isinstance(s_precond, Tensor) and s_precond.ndim >= 2:
             shape = _shape_of_image(linear, r)
             spectral = near_solve(linear, self.noise, shape, tuple(r.shape[1:]), s_precond)
-            one = torch.ones((), dtype=r.dtype, device=r.device)
-            if spectral is not None:
+            if spectral is not None and gain is not None:
+                precond = blended(spectral, linear, gain)
+            elif spectral is not None:
+                one = torch.ones((), dtype=r.dtype, device=r.device)
                 precond = lambda p: spectral.solve(p, one)  # noqa: E731
         elif s_precond is not None:
             scale = self._scale(s_precond, r)

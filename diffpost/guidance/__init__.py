@@ -2,7 +2,12 @@
 
 from diffpost.guidance.base import Guidance
 from diffpost.guidance.convolved import Convolved
-from diffpost.guidance.covariance import Covariance, IsotropicCovariance, SpectralCovariance
+from diffpost.guidance.covariance import (
+    Covariance,
+    IsotropicCovariance,
+    LocalCovariance,
+    SpectralCovariance,
+)
 from diffpost.guidance.dps import DPS
 from diffpost.guidance.moment_matching import MomentMatching
 from diffpost.guidance.pigdm import PiGDM
@@ -13,6 +18,7 @@ __all__ = [
     "Covariance",
     "Guidance",
     "IsotropicCovariance",
+    "LocalCovariance",
     "MomentMatching",
     "PiGDM",
     "SpectralCovariance",

@@ -4,7 +4,8 @@ The exact one is C_t = sigma^2/alpha dD/dx (Tweedie's second order), one product
 denoiser. It is also the covariance of the denoising error, E[(x_0 - D)(x_0 - D)^T | x_t]; averaged
 over images, that error can be measured once per noise level and tabulated, and then a product costs
 no network evaluation. For a stationary prior the averaged covariance is diagonal under the Fourier
-transform, which is what :class:`SpectralCovariance` stores.
+transform, which is what :class:`SpectralCovariance` stores. Galaxies are not stationary, and
+:class:`LocalCovariance` lets the error of a pixel follow how bright the image is there.
 """
 
 from __future__ import annotations
@@ -24,42 +25,88 @@ from diffpost.score import ScoreModel
 from diffpost.sde import expand
 
 
-class Covariance(ABC):
-    """C_t as a function of the noise level alone: symmetric, positive, (B, *shape) -> (B,
-    *shape).
+class CovarianceAt(ABC):
+    """C_t at one state: symmetric, positive, (B, *shape) -> (B, *shape).
+
+    Attributes:
+        power: the stationary covariance that it is or is like, to precondition solves: s, () or (B,), for
+            s I, or eigenvalues under the FFT2 of the last two axes, broadcastable to the images.
     """
 
-    @abstractmethod
-    def apply(self, v: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        """C_t v, for v (B, *shape) and t () or (B,)."""
+    power: Tensor
 
     @abstractmethod
-    def preconditioner(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        """What C_t is like, to precondition solves: s, () or (B,), for s I, or its eigenvalues under
-        the FFT2 of the last two axes, broadcastable to the images ``like``.
-        """
+    def apply(self, v: Tensor) -> Tensor:
+        """C_t v, for v (B, *shape)."""
 
+    @abstractmethod
     def solve(
         self,
         likelihood: Likelihood,
         linear: LinearOperator,
         r: Tensor,
-        like: Tensor,
-        prior: ScoreModel,
-        t: Tensor,
         tol: float,
         max_iter: int,
     ) -> SolveReport:
-        """v with (Sigma + A C_t A^T) v = r, for A = ``linear``; by conjugate gradients unless a class
-        knows better. ``like`` is a batch of images, for its shape, dtype and device.
-        """
+        """v with (Sigma + A C_t A^T) v = r, for A = ``linear``."""
+
+
+class Covariance(ABC):
+    """A model of C_t, as a function of the noise level and of the denoised image."""
+
+    @abstractmethod
+    def at(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> CovarianceAt:
+        """C_t where the denoiser gives ``denoised`` (B, *shape), at t () or (B,)."""
+
+
+@final
+class _White(CovarianceAt):
+    """s I."""
+
+    def __init__(self, s: Tensor) -> None:
+        self.power = s
+
+    def apply(self, v: Tensor) -> Tensor:
+        return expand(self.power, v) * v
+
+    def solve(
+        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor, tol: float, max_iter: int
+    ) -> SolveReport:
+        return likelihood.solve_operator(linear, r, self.power, tol=tol, max_iter=max_iter)
+
+
+@final
+class _Stationary(CovarianceAt):
+    """F^-1 diag(power) F."""
+
+    def __init__(self, power: Tensor) -> None:
+        self.power = power
+
+    def apply(self, v: Tensor) -> Tensor:
+        return filtered(v, self.power)
+
+    def solve(
+        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor, tol: float, max_iter: int
+    ) -> SolveReport:
+        return likelihood.solve_spectral(linear, r, self.power, tol=tol, max_iter=max_iter)
+
+
+@final
+class _Modulated(CovarianceAt):
+    """G F^-1 diag(power) F G."""
+
+    def __init__(self, power: Tensor, gain: Tensor) -> None:
+        self._power, self.gain = power, gain
+        self.power = power * gain.square().mean((-3, -2, -1), keepdim=True)
+
+    def apply(self, v: Tensor) -> Tensor:
+        return self.gain * filtered(self.gain * v, self._power)
+
+    def solve(
+        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor, tol: float, max_iter: int
+    ) -> SolveReport:
         return likelihood.solve_operator_with(
-            linear,
-            lambda v: self.apply(v, prior, t),
-            r,
-            tol=tol,
-            max_iter=max_iter,
-            s_precond=self.preconditioner(like, prior, t),
+            linear, self.apply, r, tol, max_iter, s_precond=self._power, gain=self.gain
         )
 
 
@@ -84,27 +131,9 @@ class IsotropicCovariance(Covariance):
     def __repr__(self) -> str:
         return f"IsotropicCovariance({self.prior_variance})"
 
-    def preconditioner(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        """nsr^2 v/(nsr^2 + v), () or (B,), float64."""
-        s = squared_nsr(prior.sde, like, t)
-        return s * self.prior_variance / (s + self.prior_variance)
-
-    def apply(self, v: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        return expand(self.preconditioner(v, prior, t), v) * v
-
-    def solve(
-        self,
-        likelihood: Likelihood,
-        linear: LinearOperator,
-        r: Tensor,
-        like: Tensor,
-        prior: ScoreModel,
-        t: Tensor,
-        tol: float,
-        max_iter: int,
-    ) -> SolveReport:
-        s = self.preconditioner(like, prior, t)
-        return likelihood.solve_operator(linear, r, s, tol=tol, max_iter=max_iter)
+    def at(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> CovarianceAt:
+        s = squared_nsr(prior.sde, denoised, t)
+        return _White(s * self.prior_variance / (s + self.prior_variance))
 
 
 @final
@@ -159,25 +188,102 @@ class SpectralCovariance(Covariance):
         values = values.T.exp().reshape(-1, *[1] * (like.ndim - 3), height, width)
         return values.to(like.device, like.dtype)
 
-    def preconditioner(self, like: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        return self.spectrum(like, prior, t)
+    def at(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> CovarianceAt:
+        return _Stationary(self.spectrum(denoised, prior, t))
 
-    def apply(self, v: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
-        return filtered(v, self.spectrum(v, prior, t))
 
-    def solve(
+@final
+class LocalCovariance(Covariance):
+    """C_t = G S G: errors that are stationary but for their size, which follows the brightness.
+
+    G is diagonal, the standard deviation of the denoising error of a pixel by how bright the denoised image
+    is there (the Gaussian average of its absolute value), and S the spectrum of the error over G. On galaxies
+    the error of a pixel on the galaxy exceeds that of one on the sky by up to hundreds, at every noise level:
+    a stationary C_t moves the sky too much and the galaxy too little.
+
+    G depends on the image, and, as everywhere in moment matching, this dependence is not differentiated.
+
+    Args:
+        correlations: spectrum of error/G, as a function of nsr and k, of mean 1; below its smallest nsr it is
+            the one there (G holds the scale).
+        nsr: (T,) increasing noise-to-signal ratios of the table of G, positive.
+        brightness: (N,) increasing, positive, in the prior's own units.
+        amplitude: (T, N) standard deviation of x_0 - D(x_t, t) per pixel, in the prior's own units. Log-linear
+            between the nodes; proportional to nsr below the table, constant above it.
+        smoothing: standard deviation in pixels of the Gaussian average of the brightness.
+
+    Raises:
+        ValueError: shapes that do not fit, axes not increasing, or values not positive and finite.
+    """
+
+    def __init__(
         self,
-        likelihood: Likelihood,
-        linear: LinearOperator,
-        r: Tensor,
-        like: Tensor,
-        prior: ScoreModel,
-        t: Tensor,
-        tol: float,
-        max_iter: int,
-    ) -> SolveReport:
-        power = self.spectrum(like, prior, t)
-        return likelihood.solve_spectral(linear, r, power, tol=tol, max_iter=max_iter)
+        correlations: SpectralCovariance,
+        nsr: Tensor,
+        brightness: Tensor,
+        amplitude: Tensor,
+        smoothing: float,
+    ) -> None:
+        nsr, brightness, amplitude = (
+            torch.as_tensor(a, dtype=torch.float64, device="cpu").clone()
+            for a in (nsr, brightness, amplitude)
+        )
+        if (
+            nsr.ndim != 1
+            or brightness.ndim != 1
+            or amplitude.shape != (len(nsr), len(brightness))
+            or min(amplitude.shape) < 2
+        ):
+            raise ValueError(
+                f"LocalCovariance: nsr {tuple(nsr.shape)}, brightness {tuple(brightness.shape)}, amplitude "
+                f"{tuple(amplitude.shape)}; expected (T,), (N,) and (T, N), each of at least 2."
+            )
+        for name, nodes in (("nsr", nsr), ("brightness", brightness)):
+            if not (nodes.diff() > 0).all() or not nodes[0] > 0:
+                raise ValueError(f"LocalCovariance: {name} must increase from a positive value.")
+        if not (amplitude.isfinite().all() and (amplitude > 0).all()) or not smoothing > 0:
+            raise ValueError(
+                "LocalCovariance: amplitudes must be positive and finite, smoothing positive."
+            )
+        self.correlations = correlations
+        self.nsr, self.brightness, self.amplitude = nsr, brightness, amplitude
+        self.smoothing = float(smoothing)
+
+    def __repr__(self) -> str:
+        low, high = float(self.nsr[0]), float(self.nsr[-1])
+        return (
+            f"LocalCovariance({len(self.nsr)} levels {low:g}-{high:g}, {len(self.brightness)} "
+            f"brightnesses, {len(self.correlations.k)} k)"
+        )
+
+    def gain(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> Tensor:
+        """G, (B, *shape): the standard deviation of the error of each pixel."""
+        level = squared_nsr(prior.sde, denoised, t).cpu().sqrt().clamp_min(1e-150).log().reshape(-1)
+        rows = _interpolate(level, self.nsr.log(), self.amplitude.log())
+        rows = rows + (level[:, None] - math.log(self.nsr[0])).clamp_max(0)
+        nodes = self.brightness.log().to(denoised.device, denoised.dtype)
+        rows = rows.to(nodes).expand(len(denoised), -1)
+        bright = local_brightness(denoised, self.smoothing).clamp_min(float(self.brightness[0]))
+        place = bright.log().clamp(nodes[0], nodes[-1]).flatten(1)
+        right = torch.searchsorted(nodes, place).clamp(1, len(nodes) - 1)
+        weight = (place - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
+        gain = (1 - weight) * rows.gather(1, right - 1) + weight * rows.gather(1, right)
+        return gain.exp().reshape(denoised.shape)
+
+    def at(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> CovarianceAt:
+        power = self.correlations.spectrum(denoised, prior, t)
+        return _Modulated(power / power.mean((-2, -1), keepdim=True), self.gain(denoised, prior, t))
+
+
+def local_brightness(image: Tensor, smoothing: float) -> Tensor:
+    """|image| averaged by a Gaussian of ``smoothing`` pixels, on a periodic frame: (B, ..., H, W)."""
+    height, width = image.shape[-2:]
+    k2 = (
+        torch.fft.fftfreq(height, dtype=image.dtype, device=image.device)[:, None] ** 2
+        + torch.fft.fftfreq(width, dtype=image.dtype, device=image.device)[None, :] ** 2
+    )
+    response = torch.exp(-2 * math.pi**2 * smoothing**2 * k2)
+    return filtered(image.abs(), response).clamp_min(0)
 
 
 def _interpolate(x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class MomentMatching(Guidance):
         max_iter: most iterations of a solve; a solve that stops there warns
             (``ConvergenceWarning``).
         covariance: None for the exact C_t, otherwise a model of it (:class:`IsotropicCovariance`,
-            :class:`SpectralCovariance`).
+            :class:`SpectralCovariance`, :class:`LocalCovariance`).
         differentiate: only with a model of C_t. True differentiates D, so that the gradient is that
             of the Gaussian above with C_t held fixed: sigma^2/alpha J^T A^T (...)^-1 r. False writes
             C_t for sigma^2/alpha J^T, D_y = D + C_t A^T (...)^-1 r: no network VJP, about 2.7 times
@@ -112,13 +112,12 @@ class MomentMatching(Guidance):
             denoised = prior.denoise(x, t)
         linear = likelihood.operator.linearize(denoised)
         residual = likelihood.residual(denoised)
-        report = self.covariance.solve(
-            likelihood, linear, residual, x, prior, t, self.tol, self.max_iter
-        )
+        covariance = self.covariance.at(denoised, prior, t)
+        report = covariance.solve(likelihood, linear, residual, self.tol, self.max_iter)
         image = linear.adjoint(report.x)
         if self.differentiate:
             return denoised + tweedie_factor(prior.sde, x, t) * vjp(image)
-        return denoised + self.covariance.apply(image, prior, t)
+        return denoised + covariance.apply(image)
 
     def _exact(self, prior: ScoreModel, likelihood: Likelihood, x: Tensor, t: Tensor) -> Tensor:
         """With C_t = sigma^2/alpha J; J^T and J are the same matrix, so C_t is applied by VJPs."""
@@ -139,7 +138,7 @@ class MomentMatching(Guidance):
             likelihood.residual(denoised),
             tol=self.tol,
             max_iter=self.max_iter,
-            s_precond=self.precondition.preconditioner(x, prior, t),
+            s_precond=self.precondition.at(denoised, prior, t).power,
             solver=self.solver,
         )
         return denoised + factor * vjp(linear.adjoint(report.x))

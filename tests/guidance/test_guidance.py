@@ -9,6 +9,7 @@ from diffpost.guidance import (
     DPS,
     Convolved,
     IsotropicCovariance,
+    LocalCovariance,
     MomentMatching,
     PiGDM,
     SpectralCovariance,
@@ -223,14 +224,103 @@ def test_spectral_covariance_interpolates():
     both = cov.spectrum(like, prior, torch.tensor([1.0, 10.0], dtype=F64))
     torch.testing.assert_close(both[1:], at(10.0))
     v = rand(2, 1, 8, 12)
-    symmetric = (cov.apply(v[:1], prior, torch.tensor(1.0)) * v[1:]).sum()
-    torch.testing.assert_close(
-        symmetric, (cov.apply(v[1:], prior, torch.tensor(1.0)) * v[:1]).sum()
-    )
+    here = cov.at(like[:1], prior, torch.tensor(1.0))
+    symmetric = (here.apply(v[:1]) * v[1:]).sum()
+    torch.testing.assert_close(symmetric, (here.apply(v[1:]) * v[:1]).sum())
     with pytest.raises(ValueError, match="expected"):
         SpectralCovariance(levels, k, variance.T[:2])
     with pytest.raises(ValueError, match="increase"):
         SpectralCovariance(levels.flip(0), k, variance)
+
+
+def local_table(amplitude, brightness=(0.1, 1.0, 10.0), spectrum=(1.0, 1.0), smoothing=1.0):
+    levels = torch.tensor([0.1, 1.0], dtype=F64)
+    k = torch.tensor([0.0, 0.5], dtype=F64)
+    correlations = SpectralCovariance(levels, k, torch.tensor([spectrum, spectrum], dtype=F64))
+    table = torch.tensor(amplitude, dtype=F64)
+    return LocalCovariance(correlations, levels, torch.tensor(brightness), table, smoothing)
+
+
+def test_local_covariance_interpolates():
+    """Exact at the nodes, log-linear between them, proportional to nsr below the table."""
+    cov = local_table([[0.01, 0.02, 0.08], [0.1, 0.4, 0.8]])
+    prior = GaussianScore(torch.zeros(1, 8, 8, dtype=F64), var=1.0, sde=EDM())
+    flat = lambda value: torch.full((1, 1, 8, 8), value, dtype=F64)  # noqa: E731
+    at = lambda value, t: float(cov.gain(flat(value), prior, torch.tensor(t))[0, 0, 3, 3])  # noqa: E731
+    assert at(1.0, 1.0) == pytest.approx(0.4)
+    assert at(-1.0, 1.0) == pytest.approx(0.4)  # brightness is of the absolute value
+    assert at(10**0.5, 1.0) == pytest.approx((0.4 * 0.8) ** 0.5)
+    assert at(1.0, 10**-0.5) == pytest.approx((0.4 * 0.02) ** 0.5, rel=1e-6)
+    assert at(1.0, 0.01) == pytest.approx(0.1 * 0.02)
+    assert at(1.0, 30.0) == pytest.approx(0.4)
+    assert at(100.0, 1.0) == pytest.approx(0.8) and at(0.0, 1.0) == pytest.approx(0.1)
+    # Entries of a batch have their own gain, and may have their own time.
+    both = torch.cat([flat(1.0), flat(10.0)])
+    gain = cov.gain(both, prior, torch.tensor([1.0, 0.1], dtype=F64))
+    torch.testing.assert_close(gain[:, 0, 0, 0], torch.tensor([0.4, 0.08], dtype=F64))
+    with pytest.raises(ValueError, match="expected"):
+        local_table([[0.1, 0.2], [0.1, 0.2]])
+    with pytest.raises(ValueError, match="positive"):
+        local_table([[0.1, 0.2, 0.0], [0.1, 0.2, 0.3]])
+    with pytest.raises(ValueError, match="increase"):
+        local_table([[0.1, 0.2, 0.3]] * 2, brightness=(1.0, 1.0, 2.0))
+
+
+def test_constant_local_covariance_is_spectral():
+    """Without a dependence on brightness it is the stationary covariance with the same spectrum."""
+    prior, like, power, k = field()
+    t = torch.tensor(1.0, dtype=F64)
+    x = rand(2, 1, 16, 16, seed=4)
+    spectral = exact_table(power, k)
+    mean = spectral.spectrum(x, prior, t).mean()
+    local = LocalCovariance(
+        spectral,
+        torch.tensor([0.5, 1.0, 2.0]),
+        torch.tensor([0.1, 1.0]),
+        mean.sqrt().expand(3, 2),
+        1.0,
+    )
+    answers = [
+        Posterior(
+            prior, like, MomentMatching(tol=1e-10, max_iter=400, covariance=c, differentiate=False)
+        ).denoise(x, t)
+        for c in (spectral, local)
+    ]
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_local_covariance_solves(masked):
+    """(Sigma + A G S G A^T)^-1 against a dense matrix, and the preconditioner earns its keep."""
+    n = 24
+    y, x = torch.meshgrid(*[torch.arange(n, dtype=F64) - n / 2] * 2, indexing="ij")
+    source = 10 * torch.exp(-(y**2 + x**2) / 30)[None, None]
+    cov = local_table([[1e-3, 0.03, 0.5], [1e-3, 0.03, 0.5]], spectrum=(8.0, 0.5))
+    prior = GaussianScore(torch.zeros(1, n, n, dtype=F64), var=1.0, sde=EDM())
+    here = cov.at(source, prior, torch.tensor(1.0))
+    psf = torch.exp(-(y**2 + x**2) / 4)[n // 2 - 4 : n // 2 + 5, n // 2 - 4 : n // 2 + 5]
+    operator = Convolve(psf / psf.sum()).bind((1, n, n))
+    std = 0.01 * (1 + torch.exp(-(x**2) / 50))[None]
+    if masked:
+        std[:, 4:9, 12:20] = torch.inf
+    like = Likelihood(torch.zeros(1, n, n, dtype=F64), operator, GaussianNoise(std=std))
+    eye = torch.eye(n * n, dtype=F64).reshape(-1, 1, n, n)
+    matrix = operator.adjoint(eye)
+    blocks = [
+        operator(cov.at(source.expand(len(part), -1, -1, -1), prior, torch.tensor(1.0)).apply(part))
+        for part in matrix.split(64)
+    ]
+    kept = std.flatten().isfinite()
+    dense = torch.cat(blocks).flatten(1)[kept][:, kept] + std.flatten()[kept].square().diag()
+    r = rand(1, 1, n, n, seed=3)
+    want = torch.linalg.solve(dense, r.flatten()[kept])
+    report = here.solve(like, operator, r, 1e-11, 2000)
+    got = report.x.flatten()
+    torch.testing.assert_close(got[kept], want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
+    assert not got[~kept].any()
+    with_it = here.solve(like, operator, r, 1e-4, 2000).iterations
+    without = like.solve_operator_with(operator, here.apply, r, 1e-4, 2000).iterations
+    assert with_it < 0.7 * without, (with_it, without)
 
 
 class Squared(Operator):
