@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from torch_ema import ExponentialMovingAverage
 
 from diffpost.networks import build_network
+from diffpost.networks.denoising_error import CARD_KEY, denoising_error
 from diffpost.networks.precondition import NetworkScore, edm_coefficients
 from diffpost.random import normal, uniform
 from diffpost.sde import sde_from_dict
-from diffpost.training_config import NoiseLevels, Stage, TrainConfig
+from diffpost.training_config import NoiseLevels, Stage, TrainConfig, Turn
 from diffpost.training_data import CropStream
 
 __all__ = ["TrainConfig", "Trainer", "train"]
@@ -47,6 +48,7 @@ _LEVELS, _NOISE = 1, 2  # random streams of a training image
 class _Batch:
     first: int
     images: Tensor
+    turn: Turn
 
 
 def noise_levels(config: NoiseLevels, seed: int, numbers: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ class Trainer:
     ) -> None:
         from diffpost.io.checkpoints import RESERVED
 
-        if taken := sorted(set(config.card) & {*RESERVED, "training"}):
+        if taken := sorted(set(config.card) & {*RESERVED, "training", CARD_KEY}):
             raise ValueError(f"card: the name {', '.join(taken)} is taken; rename it")
         self.config = config
         self.out = Path(out)
@@ -127,7 +129,8 @@ class Trainer:
         self.ema = ExponentialMovingAverage(self.net.parameters(), decay=config.ema)
         self.step = 0
         self.seen = 0
-        self.best_heldout = float("inf")
+        self.seen_before = 0
+        self._error_table: dict[str, Any] = {}
         self._stop = False
         self.out.mkdir(parents=True, exist_ok=True)
         if self.checkpoint_path.exists():
@@ -149,14 +152,14 @@ class Trainer:
         """Training images of the whole run."""
         return sum(stage.images for stage in self.config.stages)
 
-    def stage(self, seen: int) -> Stage:
-        """The stage that training image number `seen` belongs to."""
-        end = 0
+    def stage(self, seen: int) -> tuple[Stage, int]:
+        """The stage that training image number `seen` belongs to, and its number in the stage."""
+        start = 0
         for stage in self.config.stages:
-            end += stage.images
-            if seen < end:
-                return stage
-        return self.config.stages[-1]
+            if seen < start + stage.images:
+                break
+            start += stage.images
+        return stage, seen - start
 
     def run(self, *, progress: bool = True, max_steps: int | None = None) -> NetworkScore:
         """Train until every stage is done, or `max_steps` more steps; returns the EMA prior."""
@@ -172,14 +175,12 @@ class Trainer:
                         break
                     future = pending or pool.submit(self._load, self.seen)
                     batch = future.result()
-                    stage = self.stage(self.seen)
-                    pending = pool.submit(self._load, self.seen + stage.batch)
-                    row = self._update(batch, stage)
+                    before = self.seen
+                    pending = pool.submit(self._load, before + batch.turn.batch)
+                    row = self._update(batch)
                     self._log("loss.csv", row)
                     bar(self.seen, row["loss"])
-                    crossed = self.seen // config.validate_every != (
-                        (self.seen - stage.batch) // config.validate_every
-                    )
+                    crossed = self.seen // config.validate_every != before // config.validate_every
                     if crossed:
                         self.validate()
                     if self._agree(time.monotonic() - saved > config.checkpoint_seconds):
@@ -190,22 +191,25 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        if self.seen >= self.total:
+            self._measure_error()
         self.save()
         return self.prior()
 
     def _load(self, seen: int) -> _Batch:
         """This process' share of the batch that starts at training image `seen`."""
-        stage = self.stage(seen)
-        share = stage.batch // self.world
+        stage, offset = self.stage(seen)
+        turn = stage.turn(offset)
+        share = turn.batch // self.world
         first = seen + self.rank * share
-        return _Batch(first, self.crops.batch(first, share, stage.crop))
+        return _Batch(first, self.crops.batch(first, share, turn.crop, turn.only), turn)
 
-    def _update(self, batch: _Batch, stage: Stage) -> dict[str, Any]:
+    def _update(self, batch: _Batch) -> dict[str, Any]:
         config = self.config
         numbers = torch.arange(batch.first, batch.first + len(batch.images))
-        nsr = noise_levels(config.noise, config.seed, numbers)
+        nsr = noise_levels(batch.turn.noise or config.noise, config.seed, numbers)
         noise = normal(config.seed, numbers, 0, tuple(batch.images.shape[1:]), stream=_NOISE)
-        rate = self._learning_rate(stage)
+        rate = self._learning_rate(self.stage(self.seen)[0])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.net.train()
@@ -230,10 +234,11 @@ class Trainer:
         self.optimizer.step()
         self.ema.update()
         self.step += 1
-        self.seen += stage.batch
+        self.seen += batch.turn.batch
         return {
             "step": self.step,
             "images": self.seen,
+            "crop": batch.turn.crop,
             "loss": mean_loss,
             "gradient": float(norm),
             "learning_rate": rate,
@@ -263,8 +268,10 @@ class Trainer:
             self.config.sigma_data,
             card={
                 **self.config.card,
+                **self._error_table,
                 "training": {
-                    "images_seen": self.seen,
+                    "images_seen": self.seen_before + self.seen,
+                    "images_seen_by_init": self.seen_before,
                     "frames": len(self.crops),
                     "heldout_frames": 0 if self.heldout is None else len(self.heldout),
                     "config": self.config.to_public_dict(),
@@ -279,7 +286,7 @@ class Trainer:
         config = self.config
         if self.heldout is None or self.rank != 0:
             return {}
-        crop, count = self.stage(max(self.seen - 1, 0)).crop, config.validate_images
+        crop, count = self.stage(max(self.seen - 1, 0))[0].crop, config.validate_images
         numbers = torch.arange(count)
         clean = self.heldout.batch(0, count, crop).to(self.device)
         noise = normal(config.seed, numbers, 1, tuple(clean.shape[1:]), stream=_NOISE)
@@ -303,6 +310,17 @@ class Trainer:
         if config.sample_images:
             self._draw_samples(crop)
         return row
+
+    def _measure_error(self) -> None:
+        """What moment matching needs of the prior, for its card, on held-out crops where there are some."""
+        count = self.config.error_images
+        if self.rank != 0 or not count:
+            return
+        crops = self.crops if self.heldout is None else self.heldout
+        images = crops.batch(0, count, self.config.stages[-1].crop)
+        table = denoising_error(self.prior(), images)
+        on = "training" if self.heldout is None else "held-out"
+        self._error_table = {CARD_KEY: {**table, "measured_on": f"{count} {on} crops"}}
 
     def _draw_samples(self, crop: int) -> None:
         """A grid of samples as samples_NNNNNNNNN.png."""
@@ -329,6 +347,7 @@ class Trainer:
                 "ema": self.ema.state_dict(),
                 "step": self.step,
                 "seen": self.seen,
+                "seen_before": self.seen_before,
                 "config": json.dumps(self.config.to_dict()),
             },
             self.checkpoint_path,
@@ -354,6 +373,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.step, self.seen = int(state["step"]), int(state["seen"])
+        self.seen_before = int(state.get("seen_before", 0))
         if self.rank == 0:
             for name in ("loss.csv", "heldout.csv"):
                 _truncate_rows(self.out / name, self.seen)
@@ -365,6 +385,7 @@ class Trainer:
         if not isinstance(prior, NetworkScore):
             raise ValueError(f"init: {init} is not a prior that this trainer wrote")
         self.net.load_state_dict(prior.net.state_dict())
+        self.seen_before = int(prior.card.get("training", {}).get("images_seen", 0))
         self.ema = ExponentialMovingAverage(self.net.parameters(), decay=self.config.ema)
 
     def _mean(self, loss: Tensor) -> float:

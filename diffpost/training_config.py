@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from diffpost.training_data import DataConfig
 
-__all__ = ["NoiseLevels", "Stage", "TrainConfig"]
+__all__ = ["NoiseLevels", "Stage", "TrainConfig", "Turn"]
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,53 @@ class NoiseLevels:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One kind of step: `batch` crops of `crop` pixels.
+
+    only: names of the data files that it draws from, such as those whose frames are large enough;
+        empty is all of them.
+    noise: its noise levels, where they differ from the run's: small crops teach the local denoising
+        of low noise at a fraction of the cost, large ones the layout that high noise hides.
+    """
+
+    crop: int
+    batch: int
+    only: tuple[str, ...] = ()
+    noise: NoiseLevels | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop < 1 or self.batch < 1:
+            raise ValueError(f"got {self}; crop and batch must be at least 1")
+
+
+@dataclass(frozen=True)
 class Stage:
-    """`images` training images of `crop` pixels in batches of `batch`, at `learning_rate`."""
+    """`images` training images of `crop` pixels in batches of `batch`, at `learning_rate`.
+
+    turns: further kinds of steps; a step of `crop` and `batch` and one of each of them take turns.
+    """
 
     images: int
     crop: int
     batch: int
     learning_rate: float | None = None
+    turns: tuple[Turn, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.crop < 1 or self.batch < 1:
             raise ValueError(f"got {self}; images, crop and batch must all be at least 1")
+        turns = tuple(_build(Turn, turn, "turns") for turn in self.turns)
+        object.__setattr__(self, "turns", turns)
+
+    def turn(self, offset: int) -> Turn:
+        """The kind of the step that starts `offset` images into the stage."""
+        turns = (Turn(self.crop, self.batch), *self.turns)
+        place = offset % sum(turn.batch for turn in turns)
+        for turn in turns:
+            if place < turn.batch:
+                break
+            place -= turn.batch
+        return turn
 
 
 @dataclass(frozen=True)
@@ -45,12 +81,14 @@ class TrainConfig:
     data, heldout: sources of training and of held-out crops.
     network: configuration of the backbone, as `diffpost.networks.build_network` takes it.
     stages: sizes of crops and batches over the run.
+    noise: noise levels of the run, where a turn has none of its own.
     sde: the process that samples are drawn with, as `SDE.to_dict` writes it.
     sigma_data: standard deviation of the training pixels.
     ema: decay of the average of the weights, per step.
     warmup: steps of linear warm-up; decay_images: training images after which the learning rate falls
         as an inverse square root; cooldown: last share of the run in which it falls to zero.
-    init: a prior to start from.
+    init: a prior to start from; its training images are added to the count in the card.
+    error_images: crops on which the denoising error is measured at the end, for the card; 0 does not.
     """
 
     data: tuple[DataConfig, ...]
@@ -76,6 +114,7 @@ class TrainConfig:
     validate_images: int = 256
     validate_levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     sample_images: int = 16
+    error_images: int = 192
     card: dict[str, Any] = field(default_factory=dict)
 
     # What may change when a run is continued: the rest decides what the numbers so far mean.
@@ -87,6 +126,7 @@ class TrainConfig:
         "validate_images",
         "validate_levels",
         "sample_images",
+        "error_images",
         "card",
         "init",
     )
@@ -118,8 +158,6 @@ class TrainConfig:
         for key, kind in nested.items():
             if key in values:
                 values[key] = tuple(_build(kind, item, key) for item in values[key])
-        if "noise" in values:
-            values["noise"] = _build(NoiseLevels, values["noise"], "noise")
         if "validate_levels" in values:
             values["validate_levels"] = tuple(values["validate_levels"])
         return _build(cls, values, "configuration")
@@ -202,7 +240,10 @@ def _build(kind: Any, values: Any, where: str) -> Any:
     )
     if missing:
         raise ValueError(f"{where}: the setting {', '.join(missing)} is missing")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if values.get("noise") is not None:
+        values["noise"] = _build(NoiseLevels, values["noise"], f"{where}: noise")
+    return kind(**values)
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -100,17 +101,30 @@ class CropStream:
                 f"got sources with {sorted(channels)} channels; all must have the same number"
             )
         self.channels = channels.pop()
-        weights = np.cumsum([config.weight for config in self.configs])
-        self._edges = weights / weights[-1]
 
     def __len__(self) -> int:
         """Number of frames, over all sources."""
         return sum(len(source) for source in self.images)
 
-    def crop(self, number: int, size: int, draws: Sequence[float]) -> Tensor:
-        """Crop `number` as (C, size, size); `draws` are its uniform numbers in [0, 1)."""
+    def _shares(self, only: Sequence[str]) -> np.ndarray:
+        """Cumulated shares of the sources, those not named in `only` with none."""
+        names = [Path(config.path).name for config in self.configs]
+        if unknown := sorted(set(only) - set(names)):
+            raise ValueError(
+                f"got a turn with only {', '.join(unknown)}; the data are {', '.join(names)}"
+            )
+        weights = np.cumsum(
+            [
+                config.weight if not only or name in only else 0.0
+                for config, name in zip(self.configs, names, strict=True)
+            ]
+        )
+        return np.asarray(weights / weights[-1])
+
+    def _crop(self, size: int, shares: np.ndarray, draws: Sequence[float]) -> Tensor:
+        """One crop as (C, size, size); `draws` are its uniform numbers in [0, 1)."""
         which, index, zoomed, x, y, centred, turn, gained = draws
-        source = int(np.searchsorted(self._edges, which, side="right"))
+        source = int(np.searchsorted(shares, which, side="right"))
         config, images = self.configs[source], self.images[source]
         frame = torch.tensor(images[int(index * len(images))], dtype=torch.float32)
         frame = self._shrink(frame, size, config, zoomed)
@@ -123,13 +137,19 @@ class CropStream:
         low, high = config.gain
         return crop * (low * (high / low) ** gained)
 
-    def batch(self, first: int, count: int, size: int) -> Tensor:
-        """Crops `first` … `first + count - 1` as (count, C, size, size)."""
+    def batch(self, first: int, count: int, size: int, only: Sequence[str] = ()) -> Tensor:
+        """Crops `first` … `first + count - 1` as (count, C, size, size).
+
+        only: names of the files to draw from; empty is all.
+
+        Raises
+        ------
+        ValueError: a name that is not among the data, or frames smaller than `size`.
+        """
         numbers = torch.arange(first, first + count)
         draws = uniform(self.seed, numbers, 0, (_CHOICES,), dtype=torch.float64, stream=_STREAM)
-        return torch.stack(
-            [self.crop(first + i, size, row) for i, row in enumerate(draws.tolist())]
-        )
+        shares = self._shares(only)
+        return torch.stack([self._crop(size, shares, row) for row in draws.tolist()])
 
     def _shrink(self, frame: Tensor, size: int, config: DataConfig, draw: float) -> Tensor:
         side = min(frame.shape[-2:])

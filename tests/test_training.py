@@ -47,6 +47,7 @@ def settings(folder, **changes):
         "validate_every": 320,
         "validate_images": 16,
         "sample_images": 0,
+        "error_images": 8,
         "checkpoint_seconds": 0.0,
         "card": {"data": "blobs"},
         **changes,
@@ -78,6 +79,7 @@ def test_training_learns_and_writes_what_it_promises(tmp_path):
     assert prior.card["data"] == "blobs"
     assert prior.card["training"]["images_seen"] == 1920
     assert prior.card["training"]["heldout_loss"]["0.1"] < 1
+    assert prior.card["denoising_error"]["measured_on"] == "8 held-out crops"
     from diffpost.io.checkpoints import load_prior
 
     x = torch.randn(2, 1, 8, 8)
@@ -176,6 +178,50 @@ def test_init_starts_from_another_prior(tmp_path):
     trainer = Trainer(second, tmp_path / "second")
     for a, b in zip(first.net.parameters(), trainer.net.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+    # The count of training images goes on, also over an interruption.
+    trainer.run(progress=False, max_steps=2)
+    again = Trainer(second, tmp_path / "second")
+    training = again.run(progress=False, max_steps=1).card["training"]
+    assert training["images_seen_by_init"] == 5 * 16
+    assert training["images_seen"] == 8 * 16
+
+
+def test_steps_of_several_sizes_take_turns(tmp_path):
+    """Each turn has its own crops, batch, data and noise levels, and a killed run keeps the order."""
+    rng = np.random.default_rng(1)
+    np.save(tmp_path / "large.npy", rng.uniform(0, 1, (8, 24, 24)).astype(np.float16))
+    config = settings(tmp_path)
+    config["data"].append({"path": str(tmp_path / "large.npy")})
+    quiet = {"log_mean": -4.0, "log_std": 0.1, "flat": 0.0}
+    turns = [
+        {"crop": 16, "batch": 4, "only": ["large.npy"]},
+        {"crop": 8, "batch": 8, "noise": quiet},
+    ]
+    stages = [
+        {"images": 40, "crop": 8, "batch": 16, "turns": turns},
+        {"images": 32, "crop": 8, "batch": 16},
+    ]
+    config |= {"stages": stages, "heldout": []}
+    parsed = TrainConfig.from_dict(config)
+    assert TrainConfig.from_dict(parsed.to_dict()) == parsed
+    train(parsed, tmp_path / "whole", progress=False)
+    with (tmp_path / "whole" / "loss.csv").open() as file:
+        rows = [(int(r["images"]), int(r["crop"])) for r in csv.DictReader(file)]
+    assert rows == [(16, 8), (20, 16), (28, 8), (44, 8), (60, 8), (76, 8)]
+    for _ in range(6):
+        train(parsed, tmp_path / "parts", progress=False, max_steps=1)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+    trainer = Trainer(parsed, tmp_path / "whole")
+    batch = trainer._load(16)
+    large = CropStream(parsed.data[1:], seed=parsed.seed).images[0]
+    assert batch.images.shape == (4, 1, 16, 16) and batch.images.std() > 0.2  # noise, not blobs
+    assert len(large) == 8 and trainer._load(20).turn.noise == NoiseLevels(**quiet)
+    # Control: with all data, 16-pixel crops do not fit the 12-pixel blobs.
+    with pytest.raises(ValueError, match="crops of 16 pixels"):
+        trainer.crops.batch(0, 16, 16)
+    with pytest.raises(ValueError, match="only other"):
+        trainer.crops.batch(0, 4, 8, ["other.npy"])
 
 
 class _ExactDenoiser(torch.nn.Module):
