@@ -19,6 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from diffpost.jobs import options
+from diffpost.jobs.options import Inference
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -44,7 +47,6 @@ app = typer.Typer(
 
 _INTERRUPTED = 130
 _BAD_INPUT = 2
-_BATCH = 4  # draws at once: more are not faster on a CPU, and a batch is what an interruption loses
 
 
 def _console(stderr: bool = False) -> Console:
@@ -82,45 +84,6 @@ def _root(
     pass
 
 
-# Options that deconvolve and demo share.
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the results.")]
-Prior = Annotated[
-    str, typer.Option(help="Name of a shipped prior, or a folder.", rich_help_panel="Inference")
-]
-Draws = Annotated[
-    int,
-    typer.Option("--samples", "-n", min=1, help="Posterior draws.", rich_help_panel="Inference"),
-]
-Seed = Annotated[
-    int,
-    typer.Option(
-        min=0, help="Seed: the same seed gives the same draws.", rich_help_panel="Inference"
-    ),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        min=2,
-        help="Noise levels of the sampler; default: the library's.",
-        rich_help_panel="Inference",
-    ),
-]
-Batch = Annotated[
-    int,
-    typer.Option(
-        "--batch-size",
-        min=1,
-        help="Draws computed together; changes no draw.",
-        rich_help_panel="Inference",
-    ),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")]
-Overwrite = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace results in --out, once the new ones are complete."),
-]
-
-
 @app.command(
     epilog=(
         "[bold]Examples[/bold]\n\n"
@@ -133,128 +96,33 @@ Overwrite = Annotated[
     )
 )
 def deconvolve(
-    image: Annotated[Path, typer.Argument(help="FITS image, linear in flux.", show_default=False)],
-    psf: Annotated[
-        Path,
-        typer.Option(
-            help="FITS image of a star or a PSF.", show_default=False, rich_help_panel="PSF"
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the results.", show_default=False)
-    ],
-    noise: Annotated[
-        Path | None,
-        typer.Option(
-            help="FITS map of the standard deviation; inf and NaN mask pixels.",
-            rich_help_panel="Noise",
-        ),
-    ] = None,
-    noise_std: Annotated[
-        float | None,
-        typer.Option(
-            help="Standard deviation of every pixel. Neither: from the header or the sky.",
-            rich_help_panel="Noise",
-        ),
-    ] = None,
-    cutout: Annotated[
-        str | None,
-        typer.Option(
-            metavar="X,Y,SIZE",
-            help="Centre (pixels from 0; DS9 counts from 1) and width in pixels.",
-            rich_help_panel="Target",
-        ),
-    ] = None,
-    center: Annotated[
-        tuple[str, str] | None,
-        typer.Option(
-            metavar="RA DEC",
-            help="Centre in degrees, or 00:14:20.0 -30:23:16.",
-            rich_help_panel="Target",
-        ),
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Width of the cutout in pixels.", rich_help_panel="Target")
-    ] = None,
-    oversample: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Model pixels per image pixel, along a side.", rich_help_panel="Target"
-        ),
-    ] = 1,
-    prior: Prior = "galaxies-64",
-    samples: Draws = 16,
-    seed: Seed = 0,
-    steps: Steps = None,
-    batch_size: Batch = _BATCH,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    hdu: Annotated[
-        str | None, typer.Option(help="HDU of the image, number or name.", rich_help_panel="Target")
-    ] = None,
-    plane: Annotated[
-        int | None, typer.Option(help="Image of a cube, from 0.", rich_help_panel="Target")
-    ] = None,
-    psf_plane: Annotated[
-        int | None, typer.Option(help="Image of a PSF cube, from 0.", rich_help_panel="PSF")
-    ] = None,
-    psf_oversample: Annotated[
-        float | None,
-        typer.Option(
-            help="PSF pixels per image pixel; default: from the headers.", rich_help_panel="PSF"
-        ),
-    ] = None,
-    psf_background: Annotated[
-        float | None,
-        typer.Option(
-            help="Sky in the PSF image; default: median of its border if significant.",
-            rich_help_panel="PSF",
-        ),
-    ] = None,
-    keep_psf_center: Annotated[
-        bool,
-        typer.Option(
-            "--keep-psf-center",
-            help="Do not move the PSF's centroid to its centre.",
-            rich_help_panel="PSF",
-        ),
-    ] = False,
-    background: Annotated[
-        str,
-        typer.Option(
-            help="What to subtract as sky: smooth, constant or none.", rich_help_panel="Target"
-        ),
-    ] = "smooth",
-    keep_neighbours: Annotated[
-        bool,
-        typer.Option(
-            "--keep-neighbours",
-            help="Model the neighbours, do not mask them.",
-            rich_help_panel="Target",
-        ),
-    ] = False,
-    exptime: Annotated[
-        float | None,
-        typer.Option(
-            help="Exposure time (s) for the Poisson noise of images in electrons/s.",
-            rich_help_panel="Noise",
-        ),
-    ] = None,
-    psf_error: Annotated[
-        float,
-        typer.Option(
-            help="Error of the PSF as a fraction of the local flux, added to the noise; 0.01 to 0.03 "
-            "suits a star in an undersampled image.",
-            rich_help_panel="PSF",
-        ),
-    ] = 0.0,
-    scale: Annotated[
-        float | None,
-        typer.Option(
-            help="Flux per model pixel that the prior calls 1; default: inferred.",
-            rich_help_panel="Target",
-        ),
-    ] = None,
+    image: options.Image,
+    psf: options.PsfImage,
+    out: options.RequiredOut,
+    noise: options.Noise = None,
+    noise_std: options.NoiseStd = None,
+    cutout: options.Cutout = None,
+    center: options.Center = None,
+    size: options.Size = None,
+    oversample: options.Oversample = 1,
+    prior: options.Prior = options.PRIOR,
+    samples: options.Draws = options.DRAWS,
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    batch_size: options.Batch = options.BATCH,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    hdu: options.Hdu = None,
+    plane: options.Plane = None,
+    psf_plane: options.PsfPlane = None,
+    psf_oversample: options.PsfOversample = None,
+    psf_background: options.PsfBackground = None,
+    keep_psf_center: options.KeepPsfCenter = False,
+    background: options.Background = "smooth",
+    keep_neighbours: options.KeepNeighbours = False,
+    exptime: options.Exptime = None,
+    psf_error: options.PsfError = 0.0,
+    scale: options.Scale = None,
 ) -> None:
     """Posterior samples of the image behind IMAGE: blur and noise taken out, uncertainty kept."""
     arguments = {key: _plain(value) for key, value in locals().items()}
@@ -283,14 +151,8 @@ def deconvolve(
             psf,
             noise if noise is not None else noise_std,
             target,
+            Inference(prior, samples, seed, steps, batch_size, resume, overwrite),
             out=out,
-            prior=prior,
-            samples=samples,
-            seed=seed,
-            steps=steps,
-            batch_size=batch_size,
-            resume=resume,
-            overwrite=overwrite,
             arguments=arguments,
             title=image.name,
         )
@@ -301,14 +163,14 @@ def demo(
     target: Annotated[
         str, typer.Option(help="spiral or dwarf, both of HST's Abell 2744 field (F105W).")
     ] = "spiral",
-    out: Out = None,
-    prior: Prior = "galaxies-64",
-    samples: Draws = 16,
-    seed: Seed = 0,
-    steps: Steps = None,
-    batch_size: Batch = _BATCH,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
+    out: options.Out = None,
+    prior: options.Prior = options.PRIOR,
+    samples: options.Draws = options.DRAWS,
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    batch_size: options.Batch = options.BATCH,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Deconvolve a shipped HST galaxy: the spiral of Abell 2744, whole, at native sampling.
 
@@ -326,14 +188,8 @@ def demo(
             chosen.psf,
             chosen.noise,
             chosen.keywords,
+            Inference(prior, samples, seed, steps, batch_size, resume, overwrite),
             out=out or Path(f"diffpost-demo-{target}"),
-            prior=prior,
-            samples=samples,
-            seed=seed,
-            steps=steps,
-            batch_size=batch_size,
-            resume=resume,
-            overwrite=overwrite,
             arguments=arguments,
             title=chosen.title,
         )
@@ -408,15 +264,9 @@ def _run(
     psf: Path,
     noise: Path | float | None,
     target: dict[str, Any],
+    inference: Inference,
     *,
     out: Path,
-    prior: str,
-    samples: int,
-    seed: int,
-    steps: int | None,
-    batch_size: int,
-    resume: bool,
-    overwrite: bool,
     arguments: dict[str, Any],
     title: str,
 ) -> None:
@@ -424,7 +274,7 @@ def _run(
 
     console = _console()
     folder = OutputFolder(out)
-    folder.check(overwrite=overwrite, resume=resume)
+    folder.check(overwrite=inference.overwrite, resume=inference.resume)
 
     from diffpost.deconvolve import load, sampler_of, solve
     from diffpost.jobs.outputs import run_record
@@ -432,20 +282,20 @@ def _run(
     from diffpost.jobs.report import report
 
     start = time.perf_counter()
-    model = load(prior)
+    model = load(inference.prior)
     problem = prepare(image, psf, noise, **target)
     for note in problem.notes:
         console.print(f"[dim]·[/dim] {escape(note)}")
     prepared = time.perf_counter() - start
     try:
-        checkpoint = folder.start(resume=resume)
+        checkpoint = folder.start(resume=inference.resume)
         result = solve(
             problem,
             model,
-            samples=samples,
-            sampler=None if steps is None else sampler_of(steps),
-            seed=seed,
-            batch_size=batch_size,
+            samples=inference.samples,
+            sampler=None if inference.steps is None else sampler_of(inference.steps),
+            seed=inference.seed,
+            batch_size=inference.batch_size,
             checkpoint=checkpoint,
             prepared=prepared,
             title=title,
@@ -455,7 +305,7 @@ def _run(
         if isinstance(noise, Path):
             inputs["noise"] = str(noise)
         record = run_record(
-            result, command=sys.argv, arguments=arguments, inputs=inputs, prior=prior
+            result, command=sys.argv, arguments=arguments, inputs=inputs, prior=inference.prior
         )
         folder.write(result, record)
     except OSError as error:

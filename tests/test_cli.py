@@ -263,6 +263,25 @@ def test_help_teaches_with_examples() -> None:
     assert runner.invoke(app, ["deconvolve"]).exit_code == 2
 
 
+def test_deconvolve_and_demo_share_their_options() -> None:
+    from typer.main import get_command
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    first, second = (
+        {p.name: p for p in commands[name].params if p.name != "help"}
+        for name in ("deconvolve", "demo")
+    )
+    shared = set(first) & set(second)
+    own = {"out", "prior", "samples", "seed", "steps", "batch_size", "resume", "overwrite"}
+    assert shared == own
+    assert set(second) - shared == {"target"}
+    for name in shared:
+        one, two = first[name], second[name]
+        assert (one.opts, one.help, repr(one.type)) == (two.opts, two.help, repr(two.type))
+        if name != "out":  # which deconvolve requires
+            assert (one.default, one.required) == (two.default, two.required)
+
+
 def test_info_prints_the_card(prior: Path) -> None:
     told = runner.invoke(app, ["info", str(prior)])
     assert told.exit_code == 0, told.output

@@ -1,0 +1,147 @@
+"""The options of `diffpost deconvolve` and `diffpost demo`, each told once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import typer
+
+__all__ = ["BATCH", "DRAWS", "PRIOR", "Inference"]
+
+PRIOR = "galaxies-64"
+DRAWS = 16
+BATCH = 4  # draws at once: more are not faster on a CPU, and a batch is what an interruption loses
+
+
+@final
+@dataclass(frozen=True)
+class Inference:
+    """What both commands are told about the draws and their folder, by the names of the options."""
+
+    prior: str
+    samples: int
+    seed: int
+    steps: int | None
+    batch_size: int
+    resume: bool
+    overwrite: bool
+
+
+def _option(*names: str, panel: str | None = None, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+# Both commands ----------------------------------------------------------------------------------
+
+Out = Annotated[Path | None, _option("--out", "-o", help="Folder of the results.")]
+Prior = Annotated[str, _option(help="Name of a shipped prior, or a folder.", panel="Inference")]
+Draws = Annotated[
+    int, _option("--samples", "-n", min=1, help="Posterior draws.", panel="Inference")
+]
+Seed = Annotated[
+    int, _option(min=0, help="Seed: the same seed gives the same draws.", panel="Inference")
+]
+Steps = Annotated[
+    int | None,
+    _option(min=2, help="Noise levels of the sampler; default: the library's.", panel="Inference"),
+]
+Batch = Annotated[
+    int,
+    _option(
+        "--batch-size",
+        min=1,
+        help="Draws computed together; changes no draw.",
+        panel="Inference",
+    ),
+]
+Resume = Annotated[bool, _option("--resume", help="Go on with an interrupted run in --out.")]
+Overwrite = Annotated[
+    bool, _option("--overwrite", help="Replace results in --out, once the new ones are complete.")
+]
+
+# deconvolve: image and target -------------------------------------------------------------------
+
+Image = Annotated[Path, typer.Argument(help="FITS image, linear in flux.", show_default=False)]
+RequiredOut = Annotated[
+    Path, _option("--out", "-o", help="Folder of the results.", show_default=False)
+]
+Cutout = Annotated[
+    str | None,
+    _option(
+        metavar="X,Y,SIZE",
+        help="Centre (pixels from 0; DS9 counts from 1) and width in pixels.",
+        panel="Target",
+    ),
+]
+Center = Annotated[
+    tuple[str, str] | None,
+    _option(metavar="RA DEC", help="Centre in degrees, or 00:14:20.0 -30:23:16.", panel="Target"),
+]
+Size = Annotated[int | None, _option(help="Width of the cutout in pixels.", panel="Target")]
+Oversample = Annotated[
+    int, _option(min=1, help="Model pixels per image pixel, along a side.", panel="Target")
+]
+Hdu = Annotated[str | None, _option(help="HDU of the image, number or name.", panel="Target")]
+Plane = Annotated[int | None, _option(help="Image of a cube, from 0.", panel="Target")]
+Background = Annotated[
+    str, _option(help="What to subtract as sky: smooth, constant or none.", panel="Target")
+]
+KeepNeighbours = Annotated[
+    bool,
+    _option("--keep-neighbours", help="Model the neighbours, do not mask them.", panel="Target"),
+]
+Scale = Annotated[
+    float | None,
+    _option(help="Flux per model pixel that the prior calls 1; default: inferred.", panel="Target"),
+]
+
+# deconvolve: PSF --------------------------------------------------------------------------------
+
+PsfImage = Annotated[
+    Path, _option(help="FITS image of a star or a PSF.", show_default=False, panel="PSF")
+]
+PsfPlane = Annotated[int | None, _option(help="Image of a PSF cube, from 0.", panel="PSF")]
+PsfOversample = Annotated[
+    float | None,
+    _option(help="PSF pixels per image pixel; default: from the headers.", panel="PSF"),
+]
+PsfBackground = Annotated[
+    float | None,
+    _option(
+        help="Sky in the PSF image; default: median of its border if significant.", panel="PSF"
+    ),
+]
+KeepPsfCenter = Annotated[
+    bool,
+    _option("--keep-psf-center", help="Do not move the PSF's centroid to its centre.", panel="PSF"),
+]
+PsfError = Annotated[
+    float,
+    _option(
+        help="Error of the PSF as a fraction of the local flux, added to the noise; 0.01 to 0.03 "
+        "suits a star in an undersampled image.",
+        panel="PSF",
+    ),
+]
+
+# deconvolve: noise ------------------------------------------------------------------------------
+
+Noise = Annotated[
+    Path | None,
+    _option(help="FITS map of the standard deviation; inf and NaN mask pixels.", panel="Noise"),
+]
+NoiseStd = Annotated[
+    float | None,
+    _option(
+        help="Standard deviation of every pixel. Neither: from the header or the sky.",
+        panel="Noise",
+    ),
+]
+Exptime = Annotated[
+    float | None,
+    _option(
+        help="Exposure time (s) for the Poisson noise of images in electrons/s.", panel="Noise"
+    ),
+]
