@@ -280,18 +280,18 @@ def _run(
     from diffpost.jobs.outputs import run_record
     from diffpost.jobs.problem import prepare
     from diffpost.jobs.report import report
+    from diffpost.jobs.setup import set_up
 
     start = time.perf_counter()
     model = load(inference.prior)
-    problem = prepare(image, psf, noise, **target)
-    for note in problem.notes:
+    setup = set_up(prepare(image, psf, noise, **target), model)
+    for note in setup.problem.notes:
         console.print(f"[dim]·[/dim] {escape(note)}")
     prepared = time.perf_counter() - start
     try:
         checkpoint = folder.start(resume=inference.resume)
         result = solve(
-            problem,
-            model,
+            setup,
             samples=inference.samples,
             sampler=None if inference.steps is None else sampler_of(inference.steps),
             seed=inference.seed,

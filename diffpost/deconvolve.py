@@ -26,6 +26,7 @@ from torch import Tensor
 
 from diffpost.guidance import Guidance, IsotropicCovariance, MomentMatching
 from diffpost.jobs.problem import Grid, ImageLike, Problem, prepare
+from diffpost.jobs.setup import Setup, set_up
 from diffpost.likelihood import Likelihood
 from diffpost.networks.denoising_error import covariance_from_card
 from diffpost.networks.precondition import NetworkScore
@@ -80,7 +81,7 @@ class DeconvolutionResult:
 
     samples: draws on the whole grid of the model, (n, 1, H, W), in flux per model pixel.
     problem: what was deconvolved; grid: where the cutout lies on the grid of the model.
-    likelihood: of the data, in their units; prior: with the inferred flux scale.
+    likelihood: of the data, in their units; prior: with the flux scale that was used.
     metrics: how well the draws fit (see `fit_metrics`); timings: in seconds; title: of the picture.
     """
 
@@ -175,17 +176,19 @@ def deconvolve(
     margin: image pixels that the model reaches beyond the cutout; default: what holds 90% of the PSF.
     target: the keywords of `diffpost.jobs.problem.prepare`: cutout=(x, y, size) or center=(ra, dec) and
         size; hdu, plane; oversample=1; psf_oversample, psf_background, psf_plane, recentre_psf;
-        background="smooth" | "constant" | "none"; keep_neighbours; exptime; psf_error; scale.
+        background="smooth" | "constant" | "none"; keep_neighbours; exptime; psf_error; scale, the flux
+        per model pixel that the prior calls 1, or a rule to infer it by (`SmoothedPeak`).  By default the
+        rule is the one in the prior's card; where it states none, the prior's own units stand (its
+        `scale` and `offset`), and a note says so.
 
     Raises
     ------
     FileNotFoundError, ValueError: for inputs that cannot be used; TypeError: an unknown keyword.
     """
     start = time.perf_counter()
-    problem = prepare(image, psf, noise, **target)
+    setup = set_up(prepare(image, psf, noise, **target), load(prior), margin)
     return solve(
-        problem,
-        prior,
+        setup,
         samples=samples,
         sampler=sampler,
         guidance=guidance,
@@ -193,14 +196,12 @@ def deconvolve(
         batch_size=batch_size,
         progress=progress,
         checkpoint=checkpoint,
-        margin=margin,
         prepared=time.perf_counter() - start,
     )
 
 
 def solve(
-    problem: Problem,
-    prior: str | os.PathLike[str] | ScoreModel,
+    setup: Setup,
     *,
     samples: int = 16,
     sampler: Sampler | None = None,
@@ -209,22 +210,17 @@ def solve(
     batch_size: int | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
-    margin: int | None = None,
     prepared: float = 0.0,
     title: str = "",
     announce: Callable[[str], None] | None = None,
 ) -> DeconvolutionResult:
-    """Draw the samples of a prepared problem; arguments as for `deconvolve`.
+    """Draw the samples of a problem that was set up; arguments as for `deconvolve`.
 
     announce: is told, before the sampling, what is going to be done.
     """
     if samples < 1:
         raise ValueError(f"got {samples} samples; expected at least 1")
-    model = load(prior)
-    grid = problem.grid(
-        int(getattr(model, "stride", 1)), (model.shape[-2], model.shape[-1]), margin
-    )
-    fitted = fit_prior(model, grid, problem.scale)
+    problem, grid, fitted = setup.problem, setup.grid, setup.prior
     likelihood = build_likelihood(problem, grid)
     chosen_guidance, chosen_sampler = default_inference(fitted, likelihood)
     guidance = guidance or chosen_guidance
@@ -278,14 +274,6 @@ def load(prior: str | os.PathLike[str] | ScoreModel) -> ScoreModel:
             f"the prior is of images of shape {tuple(prior.shape)}; expected (1, H, W): one channel"
         )
     return prior
-
-
-def fit_prior(prior: ScoreModel, grid: Grid, scale: float) -> ScoreModel:
-    """The prior at the size of the grid and the flux scale of the target."""
-    shape = (1, *grid.shape)
-    sized = prior if tuple(prior.shape) == shape else prior.with_shape(shape)
-    # A prior whose zero is not the sky's keeps its offset, in proportion.
-    return sized.with_affine(scale, prior.offset / prior.scale * scale)
 
 
 def build_operator(problem: Problem) -> LinearOperator:

@@ -16,6 +16,7 @@ from astropy.wcs import WCS
 from diffpost.deconvolve import DeconvolutionResult, autocorrelation, deconvolve
 from diffpost.jobs.outputs import OutputFolder
 from diffpost.jobs.problem import prepare
+from diffpost.jobs.scale import SmoothedPeak
 from diffpost.operator import Convolve
 from diffpost.samplers import DPMSolver
 from diffpost.samples import Samples
@@ -193,7 +194,13 @@ def field() -> np.ndarray:
 
 
 def test_sky_noise_scale_and_neighbours_are_inferred() -> None:
-    out = run(field(), None, cutout=(59.5, 59.5, SIDE), background="smooth", scale=None)  # type: ignore[arg-type]
+    out = run(
+        field(),
+        None,  # type: ignore[arg-type]
+        cutout=(59.5, 59.5, SIDE),
+        background="smooth",
+        scale=SmoothedPeak(1.28),
+    )
     problem = out.problem
     noise = problem.report["noise"]
     assert noise["source"] == "sky"
@@ -475,6 +482,21 @@ def test_an_image_is_not_its_own_noise(tmp_path: Path) -> None:
     path = chips(tmp_path / "a.fits", noisy_sky(), np.ones((SIDE, SIDE)))
     with pytest.raises(ValueError, match="is the image itself"):
         prepare(path, star(17, 8, 8), path)
+
+
+def test_without_a_rule_the_priors_own_units_stand() -> None:
+    own = prior(rms=1.0).with_affine(20.0, 0.5)
+    out = run(simulated(0.1), 0.1, prior=own, scale=None)
+    assert (float(out.prior.scale), float(out.prior.offset)) == (20.0, 0.5)
+    (told,) = [note for note in out.notes if note.startswith("flux scale")]
+    assert "states no rule" in told
+    assert "20 per model pixel" in told
+    assert out.problem.report["flux"] == {"own_units": True}
+    # The same as asking for that scale, and not the same as another.
+    given = run(simulated(0.1), 0.1, prior=own, scale=20.0)
+    assert torch.equal(given.samples.x, out.samples.x)
+    other = run(simulated(0.1), 0.1, prior=own, scale=5.0)
+    assert not torch.allclose(other.samples.x, out.samples.x, atol=1e-2)
 
 
 def test_the_error_extension_of_the_same_version_is_used(tmp_path):

@@ -94,7 +94,11 @@ KeepNeighbours = Annotated[
 ]
 Scale = Annotated[
     float | None,
-    _option(help="Flux per model pixel that the prior calls 1; default: inferred.", panel="Target"),
+    _option(
+        help="Flux per model pixel that the prior calls 1; default: inferred by the rule in the prior's "
+        "card (flux_scale), or the prior's own units where it states none.",
+        panel="Target",
+    ),
 ]
 
 # deconvolve: PSF --------------------------------------------------------------------------------

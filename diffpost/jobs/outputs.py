@@ -281,7 +281,7 @@ def run_record(
             "shape": list(result.prior.shape),
         },
         "inferred": {
-            "scale": problem.scale,
+            "scale": float(torch.as_tensor(result.prior.scale).double().mean()),
             "offset": float(torch.as_tensor(result.prior.offset).double().mean()),
             **problem.report,
         },

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import numpy as np
@@ -30,7 +30,8 @@ from diffpost.io.units import is_surface_brightness
 from diffpost.io.wcs import regrid_header, sky_to_pixel
 from diffpost.jobs.noise import expected_flux, noise_of
 from diffpost.jobs.psf import Psf, oversampling_of, prepare_psf
-from diffpost.jobs.target import Scene, infer_scale, read_scene, sky_noise
+from diffpost.jobs.scale import SmoothedPeak, infer_scale
+from diffpost.jobs.target import Scene, read_scene, sky_noise
 
 __all__ = ["Grid", "ImageLike", "Problem", "prepare"]
 
@@ -81,7 +82,7 @@ class Problem:
     data: (h, w) with the background subtracted; NaN where there is no data.
     std: (h, w) standard deviation of the noise; inf where there is no data.
     psf: the kernel; background: (h, w) what was subtracted; scene: sources of the cutout.
-    scale: flux per model pixel that the prior calls 1.
+    scale: flux per model pixel that the prior calls 1; None: the prior decides (`diffpost.jobs.setup`).
     header: of the cutout, at the sampling of the data; unit: its BUNIT.
     corner: zero-based (x, y) in the image of the first pixel of the cutout.
     notes: everything worth telling, in order; report: the same in numbers.
@@ -92,7 +93,7 @@ class Problem:
     psf: Psf
     background: Array
     scene: Scene
-    scale: float
+    scale: float | None
     oversample: int
     header: fits.Header
     unit: str | None
@@ -116,6 +117,34 @@ class Problem:
         """Whether the unit is per solid angle, so that a map at finer sampling takes a factor K^2."""
         return is_surface_brightness(self.unit)
 
+    def scaled(self, rule: SmoothedPeak) -> Problem:
+        """The same with the flux scale that a rule infers from it.
+
+        Raises
+        ------
+        ValueError: the target has no light.
+        """
+        std = float(np.median(self.std[self.seen]))
+        scale, flux = infer_scale(
+            self.data,
+            self.psf.native,
+            std,
+            self.scene.target,
+            oversample=self.oversample,
+            smoothing=rule.smoothing,
+        )
+        told = (
+            f"flux scale: {scale:.4g} per model pixel is 1 in network units (peak smoothed by "
+            f"{rule.smoothing:g} model pixels {flux['smoothed_peak']:.4g}, x "
+            f"{flux['psf_correction']:.2f} for the PSF)"
+        )
+        return replace(
+            self,
+            scale=scale,
+            notes=(*self.notes, told),
+            report={**self.report, "flux": {**flux, "smoothing": rule.smoothing}},
+        )
+
     def grid(
         self, stride: int, smallest: tuple[int, int] = (0, 0), margin: int | None = None
     ) -> Grid:
@@ -123,7 +152,13 @@ class Problem:
 
         smallest: sides that the grid has at least, in model pixels.
         margin: image pixels around the cutout; default: what holds 90% of the PSF's flux, 4 or more.
+
+        Raises
+        ------
+        ValueError: a margin that is negative, or so wide a PSF that the grid would be out of proportion.
         """
+        if margin is not None and margin < 0:
+            raise ValueError(f"got a margin of {margin} pixels; expected 0 or more")
         k = self.oversample
         m = max(4, self.psf.radius(_SHARE)) if margin is None else margin
         unit = math.lcm(stride, k)
@@ -132,6 +167,12 @@ class Problem:
             math.ceil(max((n + 2 * m) * k, least) / unit) * unit
             for n, least in zip((h, w), smallest, strict=True)
         ]
+        if max(sides) > max(_LARGEST, 2 * k * max(h, w), *smallest):
+            raise ValueError(
+                f"the model would have {sides[1]} x {sides[0]} pixels for a cutout of {w * k} x {h * k}: "
+                f"it reaches {m} image pixels beyond, where 90% of the PSF's flux is; check the PSF's "
+                "background and sampling, or trim it"
+            )
         top, left = (((side // k - n) // 2) * k for side, n in zip(sides, (h, w), strict=True))
         return Grid((sides[0], sides[1]), top, left, h * k, w * k)
 
@@ -155,7 +196,7 @@ def prepare(
     keep_neighbours: bool = False,
     exptime: float | None = None,
     psf_error: float = 0.0,
-    scale: float | None = None,
+    scale: float | SmoothedPeak | None = None,
 ) -> Problem:
     """Read, check and describe a target; the arguments are those of `diffpost.deconvolve.deconvolve`.
 
@@ -196,7 +237,6 @@ def prepare(
         kernel_image.data,
         oversample=oversample,
         psf_oversample=finer,
-        image_shape=cut.data.shape,
         background=psf_background,
         recentre=recentre_psf,
     )
@@ -248,15 +288,8 @@ def prepare(
             "every pixel of the cutout is masked as a neighbour; centre the cutout on the target or "
             "use --keep-neighbours"
         )
-    typical = float(np.median(std[np.isfinite(std)]))
-    if scale is None:
-        scale, flux = infer_scale(
-            residual, prepared.native, typical, part.target, oversample=oversample
-        )
-        notes.append(
-            f"flux scale: {scale:.4g} per model pixel is 1 in network units (smoothed peak "
-            f"{flux['smoothed_peak']:.4g}, x {flux['psf_correction']:.2f} for the PSF)"
-        )
+    if isinstance(scale, SmoothedPeak) or scale is None:
+        flux = {}
     elif not (np.isfinite(scale) and scale > 0):
         raise ValueError(f"got scale = {scale}; expected a positive flux per model pixel")
     else:
@@ -276,13 +309,13 @@ def prepare(
             "sky_pixels": int(scene.sky.sum()),
         },
     }
-    return Problem(
+    problem = Problem(
         data=residual,
         std=std,
         psf=prepared,
         background=level,
         scene=part,
-        scale=float(scale),
+        scale=None if isinstance(scale, SmoothedPeak) or scale is None else float(scale),
         oversample=int(oversample),
         header=cut.header,
         unit=whole.unit,
@@ -291,6 +324,7 @@ def prepare(
         notes=tuple(notes),
         report=report,
     )
+    return problem.scaled(scale) if isinstance(scale, SmoothedPeak) else problem
 
 
 def _sky_check(residual: Array, scene: Scene, std: Array) -> dict[str, float] | None:

@@ -13,7 +13,7 @@ pixels of an image pixel gives the PSF that was measured, not one blurred by the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -37,7 +37,7 @@ class Psf:
     """A PSF that is ready for use.
 
     kernel: (n, m), odd sides, sum 1, centred at (n // 2, m // 2), on the grid of the model.
-    native: the same at the sampling of the image.
+    native: the same at the sampling of the image, never trimmed.
     notes: what was done to it, in words.
     report: the same in numbers.
     """
@@ -49,14 +49,48 @@ class Psf:
 
     def radius(self, share: float) -> int:
         """Smallest half-width, in image pixels, of a square that holds `share` of the flux."""
-        weight = np.abs(self.native)
-        cy, cx = (n // 2 for n in weight.shape)
-        total = weight.sum()
+        # With its sign: the noise in a wide stamp adds up to nothing, its modulus to a wide PSF.
+        cy, cx = (n // 2 for n in self.native.shape)
         for r in range(max(cy, cx) + 1):
-            part = weight[max(cy - r, 0) : cy + r + 1, max(cx - r, 0) : cx + r + 1]
-            if part.sum() >= share * total:
+            part = self.native[max(cy - r, 0) : cy + r + 1, max(cx - r, 0) : cx + r + 1]
+            if part.sum() >= share:
                 return r
         return max(cy, cx)
+
+    def trimmed(self, limit: tuple[int, int]) -> Psf:
+        """The same with a kernel of the largest odd sides within `limit`, normalised, which is told.
+
+        limit: (rows, columns) in model pixels.
+
+        Raises
+        ------
+        ValueError: more than 5% of the flux would be cut off.
+        """
+        sides = [
+            min(n, most if most % 2 else most - 1)
+            for n, most in zip(self.kernel.shape, limit, strict=True)
+        ]
+        if tuple(sides) == self.kernel.shape:
+            return self
+        top, left = ((n - side) // 2 for n, side in zip(self.kernel.shape, sides, strict=True))
+        kernel = self.kernel[top : top + sides[0], left : left + sides[1]]
+        lost = 1 - float(kernel.sum() / self.kernel.sum())
+        if abs(lost) > _MAX_LOST:
+            raise ValueError(
+                f"the PSF ({self.kernel.shape[1]} x {self.kernel.shape[0]} model pixels) is larger "
+                f"than the model can hold ({sides[1]} x {sides[0]}), and {100 * lost:.1f}% of its flux "
+                "would be cut off; take a larger cutout, or a PSF trimmed to what is wanted"
+            )
+        told = (
+            f"PSF: larger than the model can hold, trimmed to {sides[1]} x {sides[0]} model pixels and "
+            f"normalised again; {100 * lost:.2g}% of its flux was beyond"
+        )
+        return replace(
+            self,
+            kernel=kernel / kernel.sum(),
+            notes=(*self.notes, told),
+            report={**self.report, "lost": lost},
+        )
 
 
 def oversampling_of(psf: fits.Header, image: fits.Header) -> tuple[float, str | None]:
@@ -97,18 +131,16 @@ def prepare_psf(
     *,
     oversample: int = 1,
     psf_oversample: float = 1.0,
-    image_shape: tuple[int, int] | None = None,
     background: float | None = None,
     recentre: bool = True,
 ) -> Psf:
-    """Subtract the pedestal, normalise, centre, resample and trim a PSF.
+    """Subtract the pedestal, normalise, centre and resample a PSF.
 
     Parameters
     ----------
     raw: (h, w), any size and normalisation.
     oversample: pixels of the model per image pixel, along a side.
     psf_oversample: pixels of `raw` per image pixel, along a side.
-    image_shape: the PSF is trimmed to fit into this, in image pixels.
     background: pedestal to subtract; default: by rule.  The rule: where the PSF does not sum to 1
         within 2% (a PSF that does has been treated by whoever made it), the median of the outer ring
         of 2 pixels is subtracted if it exceeds 3 times its standard error.
@@ -117,7 +149,7 @@ def prepare_psf(
 
     Raises
     ------
-    ValueError: a PSF without flux, or one that would lose more than 5% of it by trimming.
+    ValueError: a PSF without flux or without a centre, or that is not an image.
     """
     if oversample < 1 or not psf_oversample > 0:
         raise ValueError(
@@ -173,19 +205,6 @@ def prepare_psf(
         )
     kernel = _resample(data, centre, ratio)
     native = kernel if oversample == 1 else _resample(data, centre, 1 / psf_oversample)
-    if image_shape is not None:
-        native, lost = _trim(native, image_shape)
-        fine = (native.shape[0] * oversample, native.shape[1] * oversample)
-        if oversample == 1:
-            kernel = native
-        else:
-            kernel, _ = _trim(kernel, fine)
-        if lost is not None:
-            notes.append(
-                f"PSF: larger than the image, trimmed to {native.shape[1]} x {native.shape[0]} "
-                f"pixels; {100 * lost:.2g}% of its flux was beyond"
-            )
-            report["lost"] = lost
     kernel = kernel / kernel.sum()
     native = native / native.sum()
     report["negative"] = float(-kernel[kernel < 0].sum())
@@ -288,29 +307,14 @@ def _interpolation(n: int, centre: float, ratio: float) -> Array:
     return matrix
 
 
-def _trim(kernel: Array, shape: tuple[int, int]) -> tuple[Array, float | None]:
-    """`kernel` cut to the largest odd sides within `shape`, and the share of flux lost by it."""
-    sides = [
-        min(n, limit if limit % 2 else limit - 1)
-        for n, limit in zip(kernel.shape, shape, strict=True)
-    ]
-    if tuple(sides) == kernel.shape:
-        return kernel, None
-    top, left = ((n - side) // 2 for n, side in zip(kernel.shape, sides, strict=True))
-    out = kernel[top : top + sides[0], left : left + sides[1]]
-    lost = 1 - float(out.sum() / kernel.sum())
-    if lost > _MAX_LOST:
-        raise ValueError(
-            f"the PSF ({kernel.shape[1]} x {kernel.shape[0]}) is larger than the image "
-            f"({shape[1]} x {shape[0]}), and {100 * lost:.1f}% of its flux would be cut off; take a "
-            "larger cutout, or a PSF trimmed to what is wanted"
-        )
-    return out, lost
-
-
 def _fwhm(kernel: Array) -> float:
     """Full width at half maximum in pixels, from the area above half the peak."""
-    # Cheap and monotone; good to a few per cent for a compact, round core.
+    # Cheap and monotone; good to a few per cent for a compact, round core, around which a wide stamp
+    # is left out.
+    cy, cx = (n // 2 for n in kernel.shape)
+    rows, columns = np.nonzero(kernel > kernel.max() / 4)
+    r = 3 * int(max(np.abs(rows - cy).max(), np.abs(columns - cx).max())) + 8
+    kernel = kernel[max(cy - r, 0) : cy + r + 1, max(cx - r, 0) : cx + r + 1]
     fine = _resample(kernel, np.array([n // 2 for n in kernel.shape], dtype=np.float64), 4.0)
     area = float((fine > fine.max() / 2).sum()) / 16
     return 2 * (area / np.pi) ** 0.5

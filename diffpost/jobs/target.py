@@ -1,21 +1,17 @@
-r"""What a user does not want to be asked: the sky, the neighbours, the noise and the flux scale.
+"""What a user does not want to be asked: the sky, the neighbours and the noise.
 
 Sources are what stands 3 robust standard deviations above the background in the image smoothed by a
 Gaussian of 1.5 pixels, measured against the smoothed sky itself, so that correlated (drizzled) noise
 does not fake detections.  The background is a mesh of medians of what is left, interpolated
 (photutils' Background2D), and both are iterated.  Sources are deblended; the one at the target's
 position is the target, the others are neighbours.
-
-A prior's network units are such that the peak of the galaxy, smoothed by a Gaussian of
-2% of a 64-pixel frame, is 1.  `infer_scale` reads the same peak off the target, with the light that
-the PSF took from the peak put back by a Wiener filter.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 from astropy.stats import SigmaClip, mad_std
@@ -25,7 +21,7 @@ from photutils.segmentation import deblend_sources, detect_sources
 from photutils.utils.exceptions import NoDetectionsWarning
 from scipy.ndimage import binary_dilation, gaussian_filter
 
-__all__ = ["Scene", "SkyNoise", "infer_scale", "read_scene", "sky_noise"]
+__all__ = ["Scene", "SkyNoise", "read_scene", "sky_noise"]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -35,7 +31,6 @@ _THRESHOLD = 3.0  # threshold (robust sigma of the smoothed sky) of detection
 _PIXELS = 10  # fewest pixels of a source
 _CONTRAST = 0.02  # share of a blend's flux that a peak must hold to count as its own source
 _GROW = 3  # pixels by which neighbours' masks are grown
-PEAK_SMOOTHING = 0.02 * 64  # pixels: the smoothing that defines the flux scale of the priors
 
 
 @final
@@ -158,13 +153,16 @@ def _deblend(residual: Array, segments: NDArray[np.int_]) -> NDArray[np.int_]:
     from photutils.segmentation import SegmentationImage
 
     smoothed = gaussian_filter(residual, _DETECT)
-    out = deblend_sources(
-        smoothed,
-        SegmentationImage(segments),
-        n_pixels=_PIXELS,
-        contrast=_CONTRAST,
-        progress_bar=False,
-    )
+    with warnings.catch_warnings():
+        # Sources with pixels at or below zero are deblended at levels spaced evenly; nothing to mend.
+        warnings.filterwarnings("ignore", message="The deblending mode")
+        out = deblend_sources(
+            smoothed,
+            SegmentationImage(segments),
+            n_pixels=_PIXELS,
+            contrast=_CONTRAST,
+            progress_bar=False,
+        )
     return np.asarray(out.data, dtype=int)
 
 
@@ -283,94 +281,3 @@ def _correlation(values: Array, good: Mask, dy: int, dx: int) -> float:
     if not both.any():
         return 0.0
     return float((values[a] * values[b])[both].mean() / np.square(values[good]).mean())
-
-
-# Flux scale -----------------------------------------------------------------------------------
-
-
-def infer_scale(
-    residual: Array,
-    kernel: Array,
-    std: float,
-    target: Mask | None = None,
-    *,
-    oversample: int = 1,
-    smoothing: float = PEAK_SMOOTHING,
-) -> tuple[float, dict[str, Any]]:
-    r"""Flux per pixel of the model that a prior calls 1.
-
-    It is the peak of the image smoothed by a Gaussian of `smoothing` model pixels, times what the PSF
-    took from that peak.  The latter is the ratio of the peaks of a Wiener estimate
-    conj(P) S / (|P|^2 S + N) Y, with S(k) proportional to (1 + (k h)^2)^-3, the spectrum of an
-    exponential disc of the target's size h, before and after the PSF; it is kept within 1 and 3.
-    The trained priors saw amplitudes of 0.5 to 1.6, so an error of tens of per cent does little: on the
-    dwarf galaxy of Abell 2744 a scale half or twice as large moved the posterior mean by 0.27 of its
-    standard deviation (rms over the galaxy), the standard deviation by 14%, and the flux by 0.13%.
-
-    Parameters
-    ----------
-    residual: (h, w) background-subtracted data, NaN or 0 where there is none.
-    kernel: PSF at the sampling of the data, odd sides, sum 1.
-    std: a typical standard deviation of the noise.
-    target: pixels among which the peak is sought; default: all.
-
-    Raises
-    ------
-    ValueError: no light: the smoothed peak is not positive.
-    """
-    data = np.where(np.isfinite(residual), residual, 0.0)
-    width = smoothing / oversample
-    where = np.ones(data.shape, dtype=bool) if target is None or not target.any() else target
-    seen = gaussian_filter(data, width)
-    peak = float(seen[where].max())
-    noise = std / (2 * np.pi**0.5 * max(width, 0.3))
-    if not peak > 0:
-        raise ValueError(
-            "the target has no positive flux above the background, so its flux scale cannot be "
-            "inferred; check the cutout, or give --scale (flux of the smoothed peak per pixel)"
-        )
-    at = np.unravel_index(int(np.argmax(np.where(where, seen, -np.inf))), data.shape)
-    before, after = _wiener_peaks(data, kernel, std, where, (int(at[0]), int(at[1])), width)
-    correction = float(np.clip(before / after, 1.0, 3.0)) if after > 0 else 1.0
-    scale = peak * correction / oversample**2
-    return scale, {
-        "smoothed_peak": peak,
-        "psf_correction": correction,
-        "peak_signal_to_noise": peak / noise if noise > 0 else float("inf"),
-    }
-
-
-def _wiener_peaks(
-    data: Array, kernel: Array, std: float, where: Mask, at: tuple[int, int], width: float
-) -> tuple[float, float]:
-    h, w = data.shape
-    shape = (h + kernel.shape[0], w + kernel.shape[1])
-    light = np.clip(np.where(where, data, 0.0), 0, None)
-    yy, xx = np.mgrid[:h, :w]
-    radius = np.hypot(yy - at[0], xx - at[1])
-    total = light.sum()
-    order = np.argsort(radius, axis=None)
-    growth = np.cumsum(light.ravel()[order])
-    half = float(radius.ravel()[order][int(np.argmax(growth >= 0.5 * total))])
-    scale_length = max(half / 1.678, 0.5)  # of an exponential disc with this half-light radius
-    placed = np.zeros(shape)
-    top, left = ((n - k) // 2 for n, k in zip(shape, kernel.shape, strict=True))
-    placed[top : top + kernel.shape[0], left : left + kernel.shape[1]] = kernel
-    placed = np.roll(
-        placed, (-top - kernel.shape[0] // 2, -left - kernel.shape[1] // 2), axis=(0, 1)
-    )
-    p = np.fft.rfft2(placed)
-    ky = np.fft.fftfreq(shape[0])[:, None]
-    kx = np.fft.rfftfreq(shape[1])[None, :]
-    k2 = (2 * np.pi) ** 2 * (ky**2 + kx**2)
-    spectrum = total**2 * (1 + k2 * scale_length**2) ** -3
-    gain = np.conj(p) * spectrum / (np.abs(p) ** 2 * spectrum + std**2 * h * w + 1e-300)
-    estimate = gain * np.fft.rfft2(data, shape)
-    window = np.exp(-0.5 * k2 * width**2)
-    sharp = np.fft.irfft2(estimate * window, shape)[:h, :w]
-    blurred = np.fft.irfft2(estimate * window * p, shape)[:h, :w]
-    reach = int(np.ceil(3 * max(width, 1)))
-    near = np.s_[
-        max(at[0] - reach, 0) : at[0] + reach + 1, max(at[1] - reach, 0) : at[1] + reach + 1
-    ]
-    return float(sharp[near].max()), float(blurred[near].max())

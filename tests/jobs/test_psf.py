@@ -99,17 +99,35 @@ def test_the_centroid_of_a_noisy_star() -> None:
     assert np.abs(errors).max() < 0.01
 
 
-def test_a_psf_larger_than_the_image_is_trimmed_or_refused() -> None:
-    wide = gaussian((101, 101), (50, 50), 2.0)
-    psf = prepare_psf(wide, image_shape=(32, 40))
-    assert psf.kernel.shape == (31, 39)
-    assert any("larger than the image" in note for note in psf.notes)
-    assert psf.kernel.sum() == pytest.approx(1)
-    fine = prepare_psf(wide, image_shape=(32, 40), oversample=2)
-    assert fine.kernel.shape[0] <= 64
-    assert fine.kernel.shape[0] % 2 == 1
-    with pytest.raises(ValueError, match="larger than the image"):
-        prepare_psf(gaussian((101, 101), (50, 50), 25.0), image_shape=(32, 32))
+@pytest.mark.parametrize("oversample", [1, 2])
+def test_a_psf_larger_than_the_model_is_trimmed_or_refused(oversample: int) -> None:
+    wide = gaussian((101, 101), (50, 50), 7.0)
+    whole = prepare_psf(wide, oversample=oversample)
+    assert whole.kernel.shape[0] >= 101 * oversample - oversample
+    psf = whole.trimmed((32 * oversample, 40 * oversample))
+    assert psf.kernel.shape == (32 * oversample - 1, 40 * oversample - 1)
+    assert psf.kernel.sum() == pytest.approx(1, abs=1e-12)
+    # 15.5 and 19.5 pixels are 2.214 and 2.786 standard deviations.
+    if oversample == 1:
+        assert psf.report["lost"] == pytest.approx(1 - 0.9732 * 0.9947, abs=2e-4)
+    assert psf.notes[-1].startswith("PSF: larger than the model can hold")
+    assert whole.trimmed((999, 999)) is whole
+    with pytest.raises(ValueError, match=r"larger than the model can hold .* would be cut off"):
+        whole.trimmed((20 * oversample, 20 * oversample))
+
+
+def test_the_noise_of_a_wide_stamp_does_not_widen_the_psf() -> None:
+    rng = np.random.default_rng(5)
+    narrow = gaussian((121, 121), (60, 60), 1.5)
+    # Summed with their sign, 14641 pixels of noise are 1% of the flux; their moduli are 1.
+    psf = prepare_psf(narrow + 1e-4 * rng.normal(size=narrow.shape))
+    assert abs(psf.radius(0.9) - prepare_psf(narrow).radius(0.9)) <= 1
+    moduli = np.abs(psf.native)
+    assert moduli[55:66, 55:66].sum() < 0.6 * moduli.sum()  # negative control
+    # The core's width is measured on the core, whatever the stamp.
+    assert psf.report["fwhm"] == pytest.approx(
+        prepare_psf(narrow[45:76, 45:76]).report["fwhm"], rel=0.02
+    )
 
 
 def test_psfs_without_flux_are_refused() -> None:

@@ -1,19 +1,12 @@
-"""Sky, neighbours, noise and flux scale of a target."""
+"""Sky, neighbours and noise of a target."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import uniform_filter
 
-from diffpost.jobs.target import PEAK_SMOOTHING, infer_scale, read_scene, sky_noise
-
-
-def gaussian(shape: tuple[int, int], sigma: float) -> np.ndarray:
-    yy, xx = np.mgrid[: shape[0], : shape[1]]
-    middle = (yy - shape[0] // 2) ** 2 + (xx - shape[1] // 2) ** 2
-    out = np.exp(-middle / (2 * sigma**2))
-    return out / out.sum()
+from diffpost.jobs.target import read_scene, sky_noise
 
 
 def disc(shape: tuple[int, int], y: float, x: float, h: float, flux: float) -> np.ndarray:
@@ -94,27 +87,3 @@ def test_too_little_or_too_quiet_sky_is_refused() -> None:
         sky_noise(np.ones((30, 30)), np.zeros((30, 30), dtype=bool))
     with pytest.raises(ValueError, match="no scatter"):
         sky_noise(np.ones((30, 30)), np.ones((30, 30), dtype=bool))
-
-
-@pytest.mark.parametrize("oversample", [1, 2])
-@pytest.mark.parametrize("size", [1.5, 4.0])
-def test_the_flux_scale_is_the_smoothed_peak_before_the_psf(size: float, oversample: int) -> None:
-    rng = np.random.default_rng(4)
-    yy, xx = np.mgrid[:192, :192]
-    fine = np.exp(-np.hypot(yy - 97.5, xx - 97.5) / (3 * size))
-    sharp = fine.reshape(64, 3, 64, 3).sum((1, 3))
-    kernel = gaussian((21, 21), 1.3)
-    data = gaussian_filter(sharp, 1.3) + 0.002 * sharp.max() * rng.normal(size=(64, 64))
-    scale, report = infer_scale(data, kernel, 0.002 * sharp.max(), oversample=oversample)
-    width = PEAK_SMOOTHING / oversample
-    truth = gaussian_filter(sharp, width).max() / oversample**2
-    blurred = gaussian_filter(data, width).max() / oversample**2
-    assert scale == pytest.approx(truth, rel=0.15)
-    # Negative control: the peak as observed is farther off.
-    assert abs(blurred / truth - 1) > abs(scale / truth - 1)
-    assert report["psf_correction"] > 1
-
-
-def test_a_target_without_light_has_no_scale() -> None:
-    with pytest.raises(ValueError, match="no positive flux"):
-        infer_scale(-np.ones((32, 32)), gaussian((5, 5), 1.0), 1.0)
