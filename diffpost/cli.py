@@ -101,6 +101,7 @@ def deconvolve(
     out: options.RequiredOut,
     noise: options.Noise = None,
     noise_std: options.NoiseStd = None,
+    weight: options.Weight = None,
     cutout: options.Cutout = None,
     center: options.Center = None,
     size: options.Size = None,
@@ -127,8 +128,10 @@ def deconvolve(
     """Posterior samples of the image behind IMAGE: blur and noise taken out, uncertainty kept."""
     arguments = {key: _plain(value) for key, value in locals().items()}
     with _bad_input():
-        if noise is not None and noise_std is not None:
-            raise ValueError("got --noise and --noise-std; give one of them")
+        noises = {"--noise": noise, "--noise-std": noise_std, "--weight": weight}
+        given = [name for name, value in noises.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"got {' and '.join(given)}; give one of them")
         target: dict[str, Any] = {
             "cutout": None if cutout is None else _parse_cutout(cutout),
             "center": center,
@@ -145,6 +148,7 @@ def deconvolve(
             "exptime": exptime,
             "psf_error": psf_error,
             "scale": scale,
+            "weight": weight,
         }
         _run(
             image,
@@ -302,8 +306,9 @@ def _run(
             announce=lambda text: console.print(f"[dim]·[/dim] {escape(text)}"),
         )
         inputs = {"image": str(image), "psf": str(psf)}
-        if isinstance(noise, Path):
-            inputs["noise"] = str(noise)
+        for name, path in (("noise", noise), ("weight", target.get("weight"))):
+            if isinstance(path, Path):
+                inputs[name] = str(path)
         record = run_record(
             result, command=sys.argv, arguments=arguments, inputs=inputs, prior=inference.prior
         )

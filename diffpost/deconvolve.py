@@ -175,7 +175,8 @@ def deconvolve(
     checkpoint: folder for finished draws; the same call goes on from there.
     margin: image pixels that the model reaches beyond the cutout; default: what holds 90% of the PSF.
     target: the keywords of `diffpost.jobs.problem.prepare`: cutout=(x, y, size) or center=(ra, dec) and
-        size; hdu, plane; oversample=1; psf_oversample, psf_background, psf_plane, recentre_psf;
+        size; weight, a map of the inverse variance instead of `noise` (zeros, inf and NaN mask); hdu,
+        plane; oversample=1; psf_oversample, psf_background, psf_plane, recentre_psf;
         background="smooth" | "constant" | "none"; keep_neighbours; exptime; psf_error; scale, the flux
         per model pixel that the prior calls 1, or a rule to infer it by (`SmoothedPeak`).  By default the
         rule is the one in the prior's card; where it states none, the prior's own units stand (its

@@ -478,6 +478,36 @@ def test_zeros_of_an_error_extension_are_masked_and_those_of_a_map_refused(tmp_p
         prepare(chips(tmp_path / "c.fits", noisy_sky(), 0 * error), star(17, 8, 8))
 
 
+def test_a_weight_map_is_the_inverse_variance(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    rms = rng.uniform(0.05, 0.5, (SIDE, SIDE))
+    weight = rms**-2
+    weight[2, 3:7], weight[9, 9], weight[10, 9] = 0.0, np.nan, np.inf
+    problem = prepare(simulated(0.1), star(17, 8, 8), weight=weight)
+    masked = ~(np.isfinite(weight) & (weight > 0))
+    assert masked.sum() == 6
+    assert np.allclose(problem.std[~masked], rms[~masked], rtol=1e-12)
+    assert np.isinf(problem.std[masked]).all()
+    assert np.isnan(problem.data[masked]).all()
+    assert any("6 pixels around the target have no finite" in note for note in problem.notes)
+    # The same as the map of standard deviations, and of a cube the plane of the image.
+    rms[masked] = np.inf
+    assert np.array_equal(problem.std, prepare(simulated(0.1), star(17, 8, 8), rms).std)
+    fits.PrimaryHDU(np.stack([simulated(0.1)] * 2)).writeto(tmp_path / "cube.fits")
+    fits.PrimaryHDU(np.stack([weight, np.full_like(weight, 4.0)])).writeto(tmp_path / "ivm.fits")
+    paths = (tmp_path / "cube.fits", star(17, 8, 8))
+    assert (prepare(*paths, weight=tmp_path / "ivm.fits", plane=1).std == 0.5).all()
+    for bad, message in (
+        (-weight, "negative pixels.*goes to --noise"),
+        (np.zeros_like(rms), "no positive pixel"),
+        (weight[1:], "one shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(simulated(0.1), star(17, 8, 8), weight=np.nan_to_num(bad, posinf=0.0))
+    with pytest.raises(ValueError, match="a noise and a weight"):
+        prepare(simulated(0.1), star(17, 8, 8), 0.1, weight=weight)
+
+
 def test_an_image_is_not_its_own_noise(tmp_path: Path) -> None:
     path = chips(tmp_path / "a.fits", noisy_sky(), np.ones((SIDE, SIDE)))
     with pytest.raises(ValueError, match="is the image itself"):

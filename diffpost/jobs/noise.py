@@ -1,14 +1,15 @@
 """The noise of an image: given, read from its file, or measured on the sky.
 
-In this order: a number or a map; an extension ERR or RMS of the image's file, of a cube the plane of the
-same number; a keyword; the sky, whose correlated noise is inflated to what it is on scales larger than a
-pixel, and to which the Poisson noise of the sources is added for images in electrons per second of
-known exposure time.
+In this order: a number or a map, of standard deviations or of inverse variances; an extension ERR or RMS
+of the image's file, of a cube the plane of the same number; a keyword; the sky, whose correlated noise is
+inflated to what it is on scales larger than a pixel, and to which the Poisson noise of the sources is
+added for images in electrons per second of known exposure time.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffpost.io.fits import FitsImage, read_companion
 from diffpost.io.units import is_electron_rate
 from diffpost.jobs.target import Scene, sky_noise
 
-__all__ = ["expected_flux", "noise_of"]
+__all__ = ["deviation_of", "expected_flux", "noise_of"]
 
 Array = NDArray[np.float64]
 
@@ -106,6 +107,28 @@ def noise_of(
     return np.sqrt(variance), {"noise": report}
 
 
+def deviation_of(weight: FitsImage) -> FitsImage:
+    """A map of standard deviations from one of inverse variances; NaN where the weight is zero.
+
+    Raises
+    ------
+    ValueError: negative weights, or none that is positive.
+    """
+    values = weight.data
+    bad = int((values < 0).sum())
+    if bad:
+        raise ValueError(
+            f"the weight map {weight.path} has {bad} negative pixels; expected inverse variances, with "
+            "zeros where there is no data. A map of standard deviations goes to --noise"
+        )
+    usable = np.isfinite(values) & (values > 0)
+    if not usable.any():
+        raise ValueError(
+            f"the weight map {weight.path} has no positive pixel; expected inverse variances"
+        )
+    return replace(weight, data=np.where(usable, np.where(usable, values, 1.0) ** -0.5, np.nan))
+
+
 def expected_flux(residual: Array) -> Array:
     """The image smoothed by 1 pixel, not negative, in place of its expectation: the noise of a pixel must
     not decide its own weight."""
@@ -160,19 +183,19 @@ def _noise_map(
             f"the noise {name} has {bad} pixels that are {kind}; a standard deviation is positive. "
             "If they mark pixels without data, set them to inf or NaN: those are masked"
         )
-    gaps = "zero, inf or NaN" if found else "inf or NaN"
+    gaps = "are zero, inf or NaN" if found else "have no finite standard deviation"
     values = data[wy : wy + h, wx : wx + w]
     finite = np.isfinite(values)
     if not finite.any():
         raise ValueError(
-            f"the noise {name} has no finite pixel around the target: they are {gaps}; give the noise "
-            "by --noise RMS.fits or --noise-std"
+            f"the noise {name} has no finite pixel around the target: all {gaps}; give the noise by "
+            " --noise RMS.fits or --noise-std"
         )
     masked = int((~finite).sum())
     typical = float(np.median(values[finite]))
     told = f"noise: {name}, median {typical:.4g} per pixel"
     if masked:
-        told += f"; {masked} pixels around the target are {gaps} and masked"
+        told += f"; {masked} pixels around the target {gaps} and are masked"
     notes.append(told)
     report = {"source": noise.path, "std": typical, "masked": masked}
     return np.where(finite, values, np.inf), {"noise": report}

@@ -136,6 +136,12 @@ Noise = Annotated[
     Path | None,
     _option(help="FITS map of the standard deviation; inf and NaN mask pixels.", panel="Noise"),
 ]
+Weight = Annotated[
+    Path | None,
+    _option(
+        help="FITS map of the inverse variance; zeros, inf and NaN mask pixels.", panel="Noise"
+    ),
+]
 NoiseStd = Annotated[
     float | None,
     _option(

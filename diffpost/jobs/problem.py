@@ -28,7 +28,7 @@ from diffpost.io.fits import (
 )
 from diffpost.io.units import is_surface_brightness
 from diffpost.io.wcs import regrid_header, sky_to_pixel
-from diffpost.jobs.noise import expected_flux, noise_of
+from diffpost.jobs.noise import deviation_of, expected_flux, noise_of
 from diffpost.jobs.psf import Psf, oversampling_of, prepare_psf
 from diffpost.jobs.scale import SmoothedPeak, infer_scale
 from diffpost.jobs.target import Scene, read_scene, sky_noise
@@ -182,6 +182,7 @@ def prepare(
     psf: ImageLike,
     noise: float | ImageLike | None = None,
     *,
+    weight: ImageLike | None = None,
     cutout: tuple[float, float, int] | None = None,
     center: tuple[str | float, str | float] | None = None,
     size: int | None = None,
@@ -206,6 +207,8 @@ def prepare(
     """
     if isinstance(oversample, bool) or oversample != int(oversample) or oversample < 1:
         raise ValueError(f"got oversample = {oversample}; expected an integer of at least 1")
+    if noise is not None and weight is not None:
+        raise ValueError("got a noise and a weight; give one of them")
     whole = _image(image, "image", hdu=hdu, plane=plane)
     notes = list(whole.notes)
     if not np.isfinite(whole.data).any():
@@ -251,9 +254,10 @@ def prepare(
     scene = read_scene(around, (x - wx, y - wy), background=background)
     notes += scene.notes
 
-    given, report = noise_of(
-        _noise_source(noise, whole), whole, (wx, wy), around, scene, exptime, notes
-    )
+    source = _noise_source(noise, whole)
+    if weight is not None:
+        source = deviation_of(_companion(weight, "weight map", whole))
+    given, report = noise_of(source, whole, (wx, wy), around, scene, exptime, notes)
     inner = _window(x0 - wx, y0 - wy, width, height)
     level = inner(scene.background, 0.0)
     std = inner(given, np.inf)
@@ -424,6 +428,10 @@ def _noise_source(noise: float | ImageLike | None, image: FitsImage) -> float | 
         raise ValueError(f"got noise = {noise}; expected a standard deviation or a map")
     if noise is None or isinstance(noise, int | float):
         return noise
-    if isinstance(noise, str | os.PathLike):
-        return read_companion(noise, image)
-    return _image(noise, "noise map")
+    return _companion(noise, "noise map", image)
+
+
+def _companion(source: ImageLike, what: str, image: FitsImage) -> FitsImage:
+    if isinstance(source, str | os.PathLike):
+        return read_companion(source, image)
+    return _image(source, what)
