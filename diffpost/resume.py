@@ -114,7 +114,7 @@ class RunFolder:
                     arrays = {k: content[k] for k in content.files}
                 x, ids = torch.from_numpy(arrays["x"]), arrays["ids"].tolist()
                 calls, vjps = (int(v) for v in arrays["spent"])
-            except (OSError, ValueError, KeyError, BadZipFile) as error:
+            except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
                 raise ValueError(
                     f"{file} cannot be read; delete it to compute its draws again."
                 ) from error

@@ -138,7 +138,7 @@ class OutputFolder:
         return OSError(
             errno.ENOSPC,
             f"the disk of {self.path} is full; finished draws are kept in {self.partial}, older results "
-            "are as they were: make room and --resume",
+            "are as they were: make room and repeat the command with --resume",
         )
 
     def _swap(self, new: Path) -> None:
