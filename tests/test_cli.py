@@ -456,6 +456,8 @@ def test_what_can_be_handled_is_told(inputs: Path, prior: Path, case: str) -> No
     assert TOLD[case] in done.output
     record = json.loads((inputs / "out" / "run.json").read_text())
     assert TOLD[case] in " ".join(record["notes"])
+    given = {"image", "psf", *({"noise", "weight"} & {case.split(":")[0]})}
+    assert {k for k, v in record["inputs"].items() if len(v["sha256"]) == 64} == given
     unused = int(np.isnan(fits.getdata(inputs / "out" / "data.fits")).sum())
     assert unused == record["inferred"]["masked_pixels"]
     assert unused == masked
