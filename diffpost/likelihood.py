@@ -26,15 +26,9 @@ from diffpost.noise import BlockNoise, Noise
 from diffpost.operators.algebra import Stack, scaled_by
 from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, as_double, numel
 from diffpost.operators.nonlinear import Affine, NonlinearStack
-from diffpost.structured import (
-    WhitenedSolve,
-    blended,
-    near_solve,
-    spectral_solve,
-    structured_solve,
-)
+from diffpost.structured import WhitenedSolve, near_solve, spectral_solve, structured_solve
 
-__all__ = ["Likelihood"]
+__all__ = ["Likelihood", "Solver"]
 
 
 class Solver(Protocol):
@@ -292,6 +286,7 @@ class Likelihood:
         s: Tensor | float,
         tol: float = 1e-6,
         max_iter: int = 500,
+        solver: Solver = cg,
     ) -> SolveReport:
         """Solves (Sigma + s L L^T) v = r for L the operator, or its linearisation.
 
@@ -304,6 +299,7 @@ class Likelihood:
             s: () or (B,), not negative.
             tol: relative residual, in whitened units, at which an iteration stops.
             max_iter: most iterations; a solve that ends there warns (``ConvergenceWarning``).
+            solver: where it iterates.
 
         Returns:
             A report; ``.x`` is v, (B, *data), 0 where masked.
@@ -323,7 +319,7 @@ class Likelihood:
             return p + wide * self.noise.whiten(linear(linear.adjoint(v)))
 
         precond = None if near is None else (lambda p: near.solve(p, scale))
-        report = cg(matvec, u, tol=tol, max_iter=max_iter, precond=precond)
+        report = solver(matvec, u, tol=tol, max_iter=max_iter, precond=precond)
         return report.with_x(self.noise.whiten_adjoint(report.x))
 
     def solve_with(
@@ -349,7 +345,6 @@ class Likelihood:
         max_iter: int = 200,
         s_precond: Tensor | float | None = None,
         solver: Solver = cg,
-        gain: Tensor | None = None,
     ) -> SolveReport:
         """Solves (Sigma + L C L^T) v = r for any symmetric positive C, in whitened units.
 
@@ -364,7 +359,6 @@ class Likelihood:
                 (B, *shape). None does not precondition.
             solver: ``cg``, or ``gmres`` for a C that is not symmetric, as the Jacobian of a network
                 may be.
-            gain: G, (B, *shape), where C is like G P G with P of eigenvalues ``s_precond``.
 
         Returns:
             A report; ``.x`` is v, (B, *data), 0 where masked.
@@ -378,10 +372,8 @@ class Likelihood:
         if isinstance(s_precond, Tensor) and s_precond.ndim >= 2:
             shape = _shape_of_image(linear, r)
             spectral = near_solve(linear, self.noise, shape, tuple(r.shape[1:]), s_precond)
-            if spectral is not None and gain is not None:
-                precond = blended(spectral, linear, gain)
-            elif spectral is not None:
-                one = torch.ones((), dtype=r.dtype, device=r.device)
+            one = torch.ones((), dtype=r.dtype, device=r.device)
+            if spectral is not None:
                 precond = lambda p: spectral.solve(p, one)  # noqa: E731
         elif s_precond is not None:
             scale = self._scale(s_precond, r)
@@ -399,6 +391,7 @@ class Likelihood:
         power: Tensor,
         tol: float = 1e-6,
         max_iter: int = 500,
+        solver: Solver = cg,
     ) -> SolveReport:
         """Solves (Sigma + L P L^T) v = r for P = F^-1 diag(power) F, F the FFT2 of the image.
 
@@ -411,6 +404,7 @@ class Likelihood:
             power: not negative, symmetric in k, at least two axes, broadcastable to (B, *shape).
             tol: relative residual, in whitened units.
             max_iter: most iterations.
+            solver: where it iterates.
 
         Returns:
             A report; ``.x`` is v, (B, *data), 0 where masked.
@@ -422,7 +416,7 @@ class Likelihood:
             return direct(self.noise.whiten_adjoint(exact.solve(self.noise.whiten(r), one)))
         factor = power.to(r.device, r.dtype)
         return self.solve_operator_with(
-            linear, lambda v: filtered(v, factor), r, tol, max_iter, power
+            linear, lambda v: filtered(v, factor), r, tol, max_iter, power, solver
         )
 
     def _linear(self, r: Tensor) -> LinearOperator:

@@ -17,7 +17,6 @@ preconditions conjugate gradients (:class:`Embedded`).
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import final
 
@@ -25,17 +24,14 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from diffpost.linalg import MatVec
 from diffpost.noise import Noise
 from diffpost.operators.algebra import Stack
 from diffpost.operators.base import LinearOperator, Parameter, Shape, numel, on_grid
 
-__all__ = ["WhitenedSolve", "blended", "near_solve", "structured_solve"]
+__all__ = ["WhitenedSolve", "near_solve", "structured_solve"]
 
 _LARGEST_MATRIX = 1 << 26  # entries of a matrix that is worth decomposing
 _LARGEST_SIDE = 4096
-_LEVEL = math.log(30.0)  # ratio of G^2 between the levels of a blend
-_IDENTITY = 0.1  # an eigenvalue beyond 1 that a preconditioner may leave alone
 
 
 class WhitenedSolve(ABC):
@@ -44,11 +40,6 @@ class WhitenedSolve(ABC):
     @abstractmethod
     def solve(self, u: Tensor, s: Tensor) -> Tensor:
         """For u (B, *data) and s () or (B,), not negative."""
-
-    @property
-    @abstractmethod
-    def largest(self) -> float:
-        """The largest eigenvalue of W A A^T W^T, nearly."""
 
 
 @final
@@ -61,10 +52,6 @@ class Elementwise(WhitenedSolve):
     def solve(self, u: Tensor, s: Tensor) -> Tensor:
         return u / (1 + _wide(s, u) * self._ratio.like(u))
 
-    @property
-    def largest(self) -> float:
-        return float(self._ratio.value.max())
-
 
 @final
 class Spectral(WhitenedSolve):
@@ -76,10 +63,6 @@ class Spectral(WhitenedSolve):
     def solve(self, u: Tensor, s: Tensor) -> Tensor:
         divisor = 1 + _wide(s, u) * self._half.like(u)
         return torch.fft.irfft2(torch.fft.rfft2(u) / divisor, s=u.shape[-2:])
-
-    @property
-    def largest(self) -> float:
-        return float(self._half.value.max())
 
 
 @final
@@ -108,10 +91,6 @@ class Embedded(WhitenedSolve):
         divisor = 1 + _wide(s, u) * self._half.like(u)
         full = torch.fft.irfft2(torch.fft.rfft2(u * size, s=self._grid) / divisor, s=self._grid)
         return full[..., :height, :width] * size
-
-    @property
-    def largest(self) -> float:
-        return float(self._half.value.max())
 
 
 @final
@@ -154,10 +133,6 @@ class RankOne(WhitenedSolve):
         _, height, width = self._view
         return (full[..., :height, :width] * size).reshape(u.shape)
 
-    @property
-    def largest(self) -> float:
-        return float((self._real.value.square() + self._imag.value.square()).sum(-3).max())
-
 
 @final
 class Singular(WhitenedSolve):
@@ -179,35 +154,6 @@ class Singular(WhitenedSolve):
             # what rounding left inside would be multiplied by the largest singular values later
             shrunk = shrunk + outside - (outside @ vectors) @ vectors.T
         return shrunk.to(u.dtype).reshape(u.shape)
-
-    @property
-    def largest(self) -> float:
-        return float(self._squares.value.max())
-
-
-def blended(inner: WhitenedSolve, linear: LinearOperator, gain: Tensor) -> MatVec:
-    """Nearly u -> (I + W A G P G A^T W^T)^-1 u, where ``inner`` nearly inverts I + s W A P A^T W^T.
-
-    Where G varies slowly it commutes with what is around it, and the inverse is that of a constant
-    gain, s = G^2 of the place. With a partition of unity sum_j T_j^2 = 1 over levels s_j of G^2, sum_j
-    T_j inner(s_j) T_j is symmetric and positive. G^2 is carried to the data by A G^2/A 1.
-    """
-    squares = gain.square()
-    local, unit = linear(squares), linear(torch.ones_like(squares))
-    local = torch.where(unit > 0, local / torch.where(unit > 0, unit, 1.0), 0.0)
-    # Where the gain is small the system is the identity, and one level does for all of it.
-    lowest = math.log(_IDENTITY / max(inner.largest, 1e-300)) / _LEVEL
-    place = (local.double().clamp_min(1e-300).log() / _LEVEL - lowest).clamp_min(0.0)
-    levels = []
-    for j in range(int(place.max().ceil()) + 1):
-        taper = (1 - (place - j).abs()).clamp_min(0.0).sqrt().to(gain.dtype)
-        s = torch.tensor(math.exp((j + lowest) * _LEVEL), dtype=torch.float64)
-        levels.append((taper, s))
-
-    def solve(u: Tensor) -> Tensor:
-        return torch.stack([taper * inner.solve(taper * u, s) for taper, s in levels]).sum(0)
-
-    return solve
 
 
 def structured_solve(

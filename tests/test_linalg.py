@@ -203,3 +203,25 @@ def test_bad_arguments(solver, kwargs, match):
         solver(product(systems()), rand(30), tol=1e-3)
     with pytest.raises(ValueError, match="restart"):
         gmres(product(systems()), rand(4, 30), tol=1e-3, restart=0)
+
+
+def test_energy_norm_stops_each_entry_on_its_own():
+    """The error in the energy norm is within the share asked, and what an entry gets is its own affair."""
+    a, b = systems(condition=1e5), rand(4, 30, seed=1)
+    a[1] = a[1] / 50 + torch.eye(30, dtype=F64)  # an easier one
+    exact = torch.linalg.solve(a, b[..., None])[..., 0]
+
+    def energy(v):
+        return (v * product(a)(v)).sum(1).sqrt()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = cg(product(a), b, tol=1e-12, max_iter=400, energy=0.1)
+    assert report.converged.all() and (energy(report.x - exact) < 0.1 * energy(exact)).all()
+    assert report.iterations < cg(product(a), b, tol=1e-12, max_iter=400).iterations
+    alone = cg(lambda v: (a[1] @ v[..., None])[..., 0], b[1:2], tol=1e-12, energy=0.1)
+    # Rounding grows with the iterations.
+    torch.testing.assert_close(alone.x[0], report.x[1], rtol=0.01, atol=1e-3)
+    assert alone.iterations < report.iterations
+    with pytest.raises(ValueError, match="share between 0 and 1"):
+        cg(product(a), b, energy=0.0)

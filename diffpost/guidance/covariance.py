@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from diffpost.guidance.base import squared_nsr
-from diffpost.likelihood import Likelihood
-from diffpost.linalg import SolveReport, filtered
+from diffpost.likelihood import Likelihood, Solver
+from diffpost.linalg import SolveReport, cg, filtered
 from diffpost.operators.base import LinearOperator
 from diffpost.score import ScoreModel
 from diffpost.sde import expand
@@ -47,6 +47,7 @@ class CovarianceAt(ABC):
         r: Tensor,
         tol: float,
         max_iter: int,
+        solver: Solver = cg,
     ) -> SolveReport:
         """v with (Sigma + A C_t A^T) v = r, for A = ``linear``."""
 
@@ -70,9 +71,15 @@ class _White(CovarianceAt):
         return expand(self.power, v) * v
 
     def solve(
-        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor, tol: float, max_iter: int
+        self,
+        likelihood: Likelihood,
+        linear: LinearOperator,
+        r: Tensor,
+        tol: float,
+        max_iter: int,
+        solver: Solver = cg,
     ) -> SolveReport:
-        return likelihood.solve_operator(linear, r, self.power, tol=tol, max_iter=max_iter)
+        return likelihood.solve_operator(linear, r, self.power, tol, max_iter, solver)
 
 
 @final
@@ -86,9 +93,15 @@ class _Stationary(CovarianceAt):
         return filtered(v, self.power)
 
     def solve(
-        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor, tol: float, max_iter: int
+        self,
+        likelihood: Likelihood,
+        linear: LinearOperator,
+        r: Tensor,
+        tol: float,
+        max_iter: int,
+        solver: Solver = cg,
     ) -> SolveReport:
-        return likelihood.solve_spectral(linear, r, self.power, tol=tol, max_iter=max_iter)
+        return likelihood.solve_spectral(linear, r, self.power, tol, max_iter, solver)
 
 
 @final
@@ -103,10 +116,16 @@ class _Modulated(CovarianceAt):
         return self.gain * filtered(self.gain * v, self._power)
 
     def solve(
-        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor, tol: float, max_iter: int
+        self,
+        likelihood: Likelihood,
+        linear: LinearOperator,
+        r: Tensor,
+        tol: float,
+        max_iter: int,
+        solver: Solver = cg,
     ) -> SolveReport:
         return likelihood.solve_operator_with(
-            linear, self.apply, r, tol, max_iter, s_precond=self._power, gain=self.gain
+            linear, self.apply, r, tol, max_iter, s_precond=self.power, solver=solver
         )
 
 
