@@ -38,10 +38,12 @@ from scipy.signal import fftconvolve
 from skimage.restoration import richardson_lucy, wiener
 
 from diffpost.deconvolve import deconvolve
+from diffpost.io.checkpoints import load_prior
 from diffpost.io.datasets import fetch
 from diffpost.io.fits import FitsImage, read_image
 from diffpost.jobs.problem import prepare
 from diffpost.jobs.psf import centroid, prepare_psf
+from diffpost.jobs.setup import set_up
 
 Array = NDArray[np.float64]
 
@@ -51,6 +53,7 @@ SIZE = 31  # HSC pixels, as many as the PSF has
 TARGETS = {"A": (32, 22), "B": (28, 34), "C": (10, 21)}  # (x, y) in HSC pixels from 0
 ITERATIONS = (30, 100, 200, 400, 800, 1600)
 BALANCES = tuple(float(b) for b in np.logspace(-5, -1, 17))
+MARGIN = 4  # HSC pixels that the model reaches beyond the cutout
 PAD = 8  # HSC pixels by which the field is mirrored for Richardson-Lucy and Wiener
 
 
@@ -185,10 +188,8 @@ def draws(field: Field, name: str, args: argparse.Namespace, factor: float = 1.0
         "background": "constant",
         "keep_neighbours": True,
     }
-    # One flux scale, that of the brightest galaxy: the cutouts overlap, and a scale read off a faint
-    # galaxy puts its bright neighbour beyond the amplitudes that the prior was trained on.
-    brightest = {**common, "cutout": (*map(float, TARGETS["A"]), SIZE)}
-    measured = prepare(field.hsc, field.hsc_psf, **brightest)
+    prior = load_prior(args.prior)
+    measured = set_up(prepare(field.hsc, field.hsc_psf, **common), prior, MARGIN).problem
     # The job's own noise is 1.3 times more, for the correlation of adjacent pixels, which adds power
     # on large scales; small scales decide here.
     noise = args.inflate * measured.report["noise"]["sky_std"]
@@ -196,12 +197,12 @@ def draws(field: Field, name: str, args: argparse.Namespace, factor: float = 1.0
         field.hsc,
         field.hsc_psf,
         noise,
-        prior=args.prior,
+        prior=prior,
         samples=args.samples,
         seed=args.seed,
         batch_size=4,
         progress=False,
-        margin=4,
+        margin=MARGIN,
         scale=factor * measured.scale,
         **common,
     )

@@ -19,6 +19,7 @@ from typing import Any, final
 import numpy as np
 from astropy.io import fits
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
 from diffpost.io.fits import (
     FitsImage,
@@ -117,8 +118,19 @@ class Problem:
         """Whether the unit is per solid angle, so that a map at finer sampling takes a factor K^2."""
         return is_surface_brightness(self.unit)
 
+    def _brightest(self) -> Mask:
+        """Pixels of the source with the highest peak among those that are modelled."""
+        segments = np.where(self.seen, self.scene.segments, 0)
+        if not (segments > 0).any():
+            return self.scene.target
+        smooth = gaussian_filter(np.where(self.seen, self.data, 0.0), 1.0)
+        peak = int(np.argmax(np.where(segments > 0, smooth, -np.inf)))
+        return np.asarray(segments == segments.flat[peak])
+
     def scaled(self, rule: SmoothedPeak) -> Problem:
-        """The same with the flux scale that a rule infers from it.
+        """The same with the flux scale that a rule infers from the brightest of its sources.
+
+        That is the target unless neighbours were kept: the prior has not seen amplitudes far above 1.
 
         Raises
         ------
@@ -129,7 +141,7 @@ class Problem:
             self.data,
             self.psf.native,
             std,
-            self.scene.target,
+            self._brightest(),
             oversample=self.oversample,
             smoothing=rule.smoothing,
         )

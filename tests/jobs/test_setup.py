@@ -116,3 +116,19 @@ def test_a_grid_out_of_proportion_is_refused() -> None:
     assert max(set_up(half, prior()).grid.shape) < 1024
     with pytest.raises(ValueError, match="margin of -1"):
         set_up(problem(gaussian(9, 1.0)), prior(), margin=-1)
+
+
+def test_a_kept_neighbour_that_is_brighter_sets_the_scale() -> None:
+    """Else the prior would be asked for amplitudes that it has never seen."""
+    yy, xx = np.mgrid[:64, :64]
+    image = 0.05 * np.random.default_rng(0).normal(size=(64, 64))
+    for x, flux in ((22.0, 1.0), (46.0, 8.0)):
+        image += flux * np.exp(-((yy - 32.0) ** 2 + (xx - x) ** 2) / (2 * 2.5**2))
+    psf, rule = gaussian(9, 0.8), SmoothedPeak(1.28)
+    common = {"cutout": (22.0, 32.0, 64), "background": "none", "scale": rule}
+    alone, both = (
+        prepare(image, psf, 0.05, keep_neighbours=keep, **common)  # type: ignore[arg-type]
+        for keep in (False, True)
+    )
+    assert alone.scaled(rule).scale == pytest.approx(1.0, rel=0.25)
+    assert both.scaled(rule).scale == pytest.approx(8.0, rel=0.25)
