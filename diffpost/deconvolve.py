@@ -63,7 +63,9 @@ def default_inference(prior: ScoreModel, likelihood: Likelihood) -> tuple[Guidan
         return MomentMatching(**_SOLVE), sampler_of(None)
     covariance = covariance_from_card(prior.card)
     if covariance is not None:
-        guidance = MomentMatching(**_SOLVE, covariance=covariance, differentiate=False)
+        guidance = MomentMatching(
+            **_SOLVE, covariance=covariance, differentiate=False, enlarge=True
+        )
     else:
         guidance = MomentMatching(**_SOLVE, covariance=IsotropicCovariance(_WHITE))
     return guidance, sampler_of(None)

@@ -26,7 +26,13 @@ from diffpost.noise import BlockNoise, Noise
 from diffpost.operators.algebra import Stack, scaled_by
 from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, as_double, numel
 from diffpost.operators.nonlinear import Affine, NonlinearStack
-from diffpost.structured import WhitenedSolve, near_solve, spectral_solve, structured_solve
+from diffpost.structured import (
+    WhitenedSolve,
+    effective_data,
+    near_solve,
+    spectral_solve,
+    structured_solve,
+)
 
 __all__ = ["Likelihood", "Solver"]
 
@@ -418,6 +424,20 @@ class Likelihood:
         return self.solve_operator_with(
             linear, lambda v: filtered(v, factor), r, tol, max_iter, power, solver
         )
+
+    def effective_data(
+        self, linear: LinearOperator, r: Tensor, power: Tensor, gain: Tensor | None = None
+    ) -> Tensor | None:
+        """Nearly tr (Sigma + L P L^T)^-1 L P L^T, P = G F^-1 diag(power) F G: (B,) or (1,), or None where
+        the structure of L and of the noise does not give it. See :mod:`diffpost.structured`.
+
+        Args:
+            linear: L, as ``operator.linearize(x)`` returns it.
+            r: (B, *data), for its shape.
+            power, gain: of P, broadcastable to (B, *shape); no gain is 1.
+        """
+        shape = _shape_of_image(linear, r)
+        return effective_data(linear, self.noise, shape, tuple(r.shape[1:]), power, gain)
 
     def _linear(self, r: Tensor) -> LinearOperator:
         if not isinstance(self.operator, LinearOperator):

@@ -28,7 +28,7 @@ from diffpost.noise import Noise
 from diffpost.operators.algebra import Stack
 from diffpost.operators.base import LinearOperator, Parameter, Shape, numel, on_grid
 
-__all__ = ["WhitenedSolve", "near_solve", "structured_solve"]
+__all__ = ["WhitenedSolve", "effective_data", "near_solve", "structured_solve"]
 
 _LARGEST_MATRIX = 1 << 26  # entries of a matrix that is worth decomposing
 _LARGEST_SIDE = 4096
@@ -300,6 +300,57 @@ def spectral_solve(
     if spectrum is None or stationary is None:
         return _rank_one(linear, noise, input_shape, data_shape, power, exactly=True)
     return Spectral(spectrum / stationary.to(spectrum.device))
+
+
+def effective_data(
+    linear: LinearOperator,
+    noise: Noise,
+    input_shape: Shape,
+    data_shape: Shape,
+    power: Tensor,
+    gain: Tensor | None,
+) -> Tensor | None:
+    """How many data P decides rather than the noise: nearly tr (Sigma + A P A^T)^-1 A P A^T, (B,).
+
+    P = G F^-1 diag(power) F G. Where the gain and the noise vary slowly the trace is the sum over pixels
+    and modes of q h/(1 + q h), with q = G^2/sigma^2 of the pixel (G^2 carried to the data by A G^2/A 1) and h
+    the spectrum of A F^-1 diag(power) F A^T. None where the structure does not give h.
+    """
+    weight = noise.weight()
+    if weight is None or len(data_shape) < 2:
+        return None
+    height, width = data_shape[-2:]
+    spectrum = linear.near_spectrum(input_shape, on_grid(power), (height, width))
+    if spectrum is None:
+        return None
+    spectrum = spectrum.double().clamp_min(1e-300)
+    spectrum = spectrum.reshape(*[1] * (len(data_shape) + 1 - spectrum.ndim), *spectrum.shape)
+    # Channels alike: (1 or B, H, W).
+    spectrum = spectrum.expand(*spectrum.shape[:-2], height, width).flatten(1, -3).mean(1)
+    strength = weight.double().expand(torch.broadcast_shapes(weight.shape, (1, *data_shape)))
+    if gain is not None:
+        squares = gain.square()
+        local, unit = linear(squares), linear(torch.ones_like(squares))
+        strength = strength * torch.where(unit > 0, local / torch.where(unit > 0, unit, 1.0), 0.0)
+    largest = spectrum.amax((-2, -1)).clamp_min(1e-300)
+    nodes = torch.linspace(
+        -12.0, 28.0, 81, dtype=torch.float64, device=spectrum.device
+    )  # of log q h
+    share = torch.stack(
+        [
+            (1 / (1 + largest[:, None, None] * (-node).exp() / spectrum)).mean((-2, -1))
+            for node in nodes
+        ],
+        dim=-1,
+    )
+    rows = max(len(strength), len(share))
+    q = strength.flatten(1).expand(rows, -1) * largest.expand(rows)[:, None]
+    place = (q.clamp_min(1e-300).log() - nodes[0]) / (nodes[1] - nodes[0])
+    place = place.clamp(0.0, len(nodes) - 1.001)
+    left = place.floor().long()
+    table = share.expand(rows, -1)
+    mixed = torch.lerp(table.gather(1, left), table.gather(1, left + 1), place - left)
+    return torch.where(q > 0, mixed, 0.0).sum(1)
 
 
 def half(ratio: Tensor) -> Tensor:

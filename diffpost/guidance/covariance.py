@@ -17,7 +17,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffpost.guidance.base import squared_nsr
+from diffpost.guidance.base import per_entry, squared_nsr
 from diffpost.likelihood import Likelihood, Solver
 from diffpost.linalg import SolveReport, cg, filtered
 from diffpost.operators.base import LinearOperator
@@ -38,6 +38,16 @@ class CovarianceAt(ABC):
     @abstractmethod
     def apply(self, v: Tensor) -> Tensor:
         """C_t v, for v (B, *shape)."""
+
+    @abstractmethod
+    def times(self, factor: Tensor) -> CovarianceAt:
+        """The covariance times factor (B,), positive."""
+
+    @abstractmethod
+    def effective_data(
+        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor
+    ) -> Tensor | None:
+        """tr (Sigma + A C_t A^T)^-1 A C_t A^T, (B,) or (1,), or None where it is not known."""
 
     @abstractmethod
     def solve(
@@ -70,6 +80,14 @@ class _White(CovarianceAt):
     def apply(self, v: Tensor) -> Tensor:
         return expand(self.power, v) * v
 
+    def times(self, factor: Tensor) -> CovarianceAt:
+        return _White(self.power * factor.to(self.power))
+
+    def effective_data(
+        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor
+    ) -> Tensor | None:
+        return likelihood.effective_data(linear, r, self.power.reshape(-1, 1, 1, 1))
+
     def solve(
         self,
         likelihood: Likelihood,
@@ -91,6 +109,14 @@ class _Stationary(CovarianceAt):
 
     def apply(self, v: Tensor) -> Tensor:
         return filtered(v, self.power)
+
+    def times(self, factor: Tensor) -> CovarianceAt:
+        return _Stationary(self.power * per_entry(factor, self.power))
+
+    def effective_data(
+        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor
+    ) -> Tensor | None:
+        return likelihood.effective_data(linear, r, self.power)
 
     def solve(
         self,
@@ -114,6 +140,14 @@ class _Modulated(CovarianceAt):
 
     def apply(self, v: Tensor) -> Tensor:
         return self.gain * filtered(self.gain * v, self._power)
+
+    def times(self, factor: Tensor) -> CovarianceAt:
+        return _Modulated(self._power, self.gain * per_entry(factor.sqrt(), self.gain))
+
+    def effective_data(
+        self, likelihood: Likelihood, linear: LinearOperator, r: Tensor
+    ) -> Tensor | None:
+        return likelihood.effective_data(linear, r, self._power, self.gain)
 
     def solve(
         self,

@@ -20,13 +20,18 @@ from __future__ import annotations
 import functools
 from typing import final
 
+import torch
 from torch import Tensor
 
 from diffpost.guidance.base import Guidance, tweedie_factor
-from diffpost.guidance.covariance import Covariance, IsotropicCovariance
+from diffpost.guidance.covariance import Covariance, CovarianceAt, IsotropicCovariance
 from diffpost.likelihood import Likelihood, Solver
-from diffpost.linalg import cg, filtered
+from diffpost.linalg import SolveReport, cg, filtered
+from diffpost.operators.base import LinearOperator
 from diffpost.score import ScoreModel
+
+_STEPS = 2  # to the maximum of the evidence, at most
+_WEIGHT = 10.0  # data' worth of belief that the model of C_t is right
 
 
 @final
@@ -66,13 +71,23 @@ class MomentMatching(Guidance):
             solve may stop before ``tol``; None does not. See ``diffpost.linalg.cg``: a few per cent of what is
             uncertain at a noise level are forgotten at the next, and cost several times fewer iterations
             where data are good.
+        enlarge: only with a model of C_t. Where the residual says that C_t is too small for this image, it
+            is enlarged, entry by entry, by
+
+                f = max(1, |C_t^1/2 A^T v|^2 / tr (Sigma + A C_t A^T)^-1 A C_t A^T),   v = (Sigma + A C_t A^T)^-1 r,
+
+            whose numerator has the denominator for expectation if r is N(0, Sigma + A C_t A^T), as it is where
+            the model is right; setting it so is MacKay's (1992, Neural Comp. 4, 415) step to the maximum of the
+            evidence; two are made. Images unlike those that the model was measured on would otherwise be
+            followed too little, and their draws would not fit the data. Costs a solve for each step that it makes.
         precondition: with the exact C_t, a model of it that preconditions the solve: the same answer in
             fewer VJPs. None is an isotropic one of unit variance.
         solver: of the exact C_t's system. A network's Jacobian is symmetric only as far as it was trained
             well; where conjugate gradients stop on it, ``diffpost.linalg.gmres`` does not need symmetry.
 
     Raises:
-        ValueError: tol, max_iter or accuracy not positive, accuracy with another solver than conjugate
+        ValueError: enlarge without a covariance, or, when it acts, with an operator or noise whose structure
+            does not give the trace; tol, max_iter or accuracy not positive, accuracy with another solver than conjugate
             gradients, or differentiate=False without a covariance.
     """
 
@@ -85,6 +100,7 @@ class MomentMatching(Guidance):
         precondition: Covariance | None = None,
         solver: Solver = cg,
         accuracy: float | None = None,
+        enlarge: bool = False,
     ) -> None:
         if accuracy is not None and (not 0 < accuracy < 1 or solver is not cg):
             raise ValueError(
@@ -94,6 +110,10 @@ class MomentMatching(Guidance):
         if not tol > 0 or max_iter < 1:
             raise ValueError(
                 f"MomentMatching(tol={tol}, max_iter={max_iter}): expected tol > 0, max_iter >= 1."
+            )
+        if covariance is None and enlarge:
+            raise ValueError(
+                "MomentMatching(enlarge=True) needs a covariance to enlarge; the exact one is what it is."
             )
         if covariance is None and not differentiate:
             raise ValueError(
@@ -106,13 +126,14 @@ class MomentMatching(Guidance):
         self.differentiate = differentiate
         self.precondition = IsotropicCovariance(1.0) if precondition is None else precondition
         self.accuracy = accuracy
+        self.enlarge = enlarge
         self.solver = solver if accuracy is None else functools.partial(cg, energy=accuracy)
 
     def __repr__(self) -> str:
         return (
             f"MomentMatching(tol={self.tol}, max_iter={self.max_iter}, "
             f"covariance={self.covariance}, differentiate={self.differentiate}, "
-            f"accuracy={self.accuracy})"
+            f"accuracy={self.accuracy}, enlarge={self.enlarge})"
         )
 
     def posterior_denoise(
@@ -127,13 +148,42 @@ class MomentMatching(Guidance):
         linear = likelihood.operator.linearize(denoised)
         residual = likelihood.residual(denoised)
         covariance = self.covariance.at(denoised, prior, t)
-        report = covariance.solve(
-            likelihood, linear, residual, self.tol, self.max_iter, self.solver
-        )
+        report = self._solve(covariance, likelihood, linear, residual)
+        for _ in range(_STEPS if self.enlarge else 0):
+            factor = self._enlargement(covariance, likelihood, linear, residual, report)
+            if not bool((factor > 1).any()):
+                break
+            covariance = covariance.times(factor)
+            report = self._solve(covariance, likelihood, linear, residual)
         image = linear.adjoint(report.x)
         if self.differentiate:
             return denoised + tweedie_factor(prior.sde, x, t) * vjp(image)
         return denoised + covariance.apply(image)
+
+    def _solve(
+        self, covariance: CovarianceAt, likelihood: Likelihood, linear: LinearOperator, r: Tensor
+    ) -> SolveReport:
+        return covariance.solve(likelihood, linear, r, self.tol, self.max_iter, self.solver)
+
+    @staticmethod
+    def _enlargement(
+        covariance: CovarianceAt,
+        likelihood: Likelihood,
+        linear: LinearOperator,
+        r: Tensor,
+        report: SolveReport,
+    ) -> Tensor:
+        """f, (B,) float64; 1 where it would be less than a twentieth more."""
+        expected = covariance.effective_data(likelihood, linear, r)
+        if expected is None:
+            raise ValueError(
+                f"MomentMatching(enlarge=True): the trace is not known for {likelihood.operator!r} with "
+                f"{likelihood.noise!r}; it takes a convolution, binned or not, and independent noise."
+            )
+        image = linear.adjoint(report.x)
+        found = (image * covariance.apply(image)).flatten(1).sum(1, dtype=torch.float64)
+        factor = (found + _WEIGHT) / (expected + _WEIGHT)
+        return torch.where(factor > 1.05, factor, 1.0)
 
     def _exact(self, prior: ScoreModel, likelihood: Likelihood, x: Tensor, t: Tensor) -> Tensor:
         """With C_t = sigma^2/alpha J; J^T and J are the same matrix, so C_t is applied by VJPs."""

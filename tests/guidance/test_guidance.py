@@ -354,6 +354,84 @@ def test_accuracy_stops_where_the_update_is_known_well_enough():
         MomentMatching(accuracy=0.1, solver=gmres)
 
 
+def trace_of(like, here, n):
+    """tr (Sigma + A C A^T)^-1 A C A^T by dense matrices, over the data that are not masked."""
+    operator = like.operator.bind((1, n, n))
+    images = operator.adjoint(torch.eye(n * n, dtype=F64).reshape(-1, 1, n, n))
+    signal = operator(here(images)).flatten(1)
+    weight = like.noise.weight().expand(1, n, n).flatten()
+    kept = weight > 0
+    signal = signal[kept][:, kept]
+    return float(torch.linalg.solve(signal + (1 / weight[kept]).diag(), signal).trace())
+
+
+def test_effective_data_is_the_trace():
+    """Exact where all is stationary; within a tenth for a gain that varies over several pixels."""
+    prior, like, power, k = field()
+    n, t = 16, torch.tensor(0.7, dtype=F64)
+    x = rand(1, 1, n, n)
+    flat = exact_table(power, k).at(x, prior, t)
+    linear, r = like.operator.bind((1, n, n)), torch.zeros(1, 1, n, n, dtype=F64)
+    got = float(flat.effective_data(like, linear, r))
+    assert got == pytest.approx(trace_of(like, flat.apply, n), rel=1e-3)
+
+    y, x = torch.meshgrid(*[torch.arange(n, dtype=F64) - n / 2] * 2, indexing="ij")
+    bright = 3 * torch.exp(-(y**2 + x**2) / 40)[None, None]
+    std = torch.full((1, n, n), 0.02, dtype=F64)
+    std[:, :4] = torch.inf
+    masked = Likelihood(torch.zeros(1, n, n, dtype=F64), like.operator, GaussianNoise(std=std))
+    cov = local_table([[0.001, 0.02, 0.2]] * 2, spectrum=(4.0, 0.5))
+    here = cov.at(bright.expand(n * n, -1, -1, -1), prior, t)
+    got = cov.at(bright, prior, t).effective_data(masked, linear, r)
+    exact = trace_of(masked, here.apply, n)
+    assert float(got) == pytest.approx(exact, rel=0.1) and 10 < exact < 190
+    # Every entry has its own.
+    both = cov.at(torch.cat([bright, 0.1 * bright]), prior, t)
+    pair = both.effective_data(masked, linear, r.expand(2, -1, -1, -1))
+    torch.testing.assert_close(pair[:1], got)
+    assert pair[1] < 0.5 * pair[0]
+
+
+def test_a_covariance_that_is_too_small_is_enlarged():
+    """A table of a fifth of the true variance, enlarged by the residual, comes close to the exact answer; the right
+    one is left alone."""
+    _, like, power, k = field()
+    prior = GaussianScore(torch.zeros(1, 16, 16, dtype=F64), power=power, sde=EDM())
+    t = torch.tensor(0.5, dtype=F64)
+    clean = prior.sample(8, seed=5).to(F64)
+    y = like.operator(clean) + 0.1 * rand(8, 1, 16, 16, seed=6)
+    like = Likelihood(y, like.operator, GaussianNoise(std=torch.tensor(0.1, dtype=F64)))
+    x = clean + 0.5 * rand(8, 1, 16, 16, seed=7)
+    right = exact_table(power, k)
+    small = SpectralCovariance(right.nsr, right.k, 0.2 * right.table)
+
+    def answer(table, enlarge):
+        guidance = MomentMatching(
+            tol=1e-8, max_iter=2000, covariance=table, differentiate=False, enlarge=enlarge
+        )
+        return Posterior(prior, like, guidance).denoise(x, t)
+
+    exact = answer(right, False)
+    error = lambda got: float((got - exact).square().mean().sqrt())  # noqa: E731
+    assert error(answer(small, True)) < 0.35 * error(answer(small, False))
+    assert error(answer(right, True)) < 0.1 * error(answer(small, False))
+    # Entries are enlarged on their own: one that fits keeps its answer beside others that do not.
+    alone = Posterior(
+        prior,
+        like.select(torch.tensor([3])),
+        MomentMatching(
+            tol=1e-8, max_iter=2000, covariance=small, differentiate=False, enlarge=True
+        ),
+    ).denoise(x[3:4], t)
+    torch.testing.assert_close(alone[0], answer(small, True)[3], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="needs a covariance"):
+        MomentMatching(enlarge=True)
+    guidance = MomentMatching(covariance=IsotropicCovariance(1.0), enlarge=True)
+    posterior = Posterior(dense_problem()[0], dense_problem()[1], guidance)
+    with pytest.raises(ValueError, match="trace is not known"):
+        posterior.denoise(rand(1, D), t)
+
+
 class Squared(Operator):
     """A nonlinear operator: x + x^2/4, flattened to the first four values."""
 
