@@ -330,7 +330,11 @@ class Trainer:
 
         prior = self.prior().with_shape((self.crops.channels, crop, crop))
         draws = sample(
-            prior, self.config.sample_images, DPMSolver(32), seed=self.config.seed, progress=False
+            prior,
+            self.config.sample_images,
+            DPMSolver(64, eta=1.0),
+            seed=self.config.seed,
+            progress=False,
         )
         image_grid(draws.x, self.out / f"samples_{self.seen:09d}.png")
 

@@ -189,7 +189,8 @@ class TrainConfig:
 
     def to_public_dict(self) -> dict[str, Any]:
         """`to_dict` without the folders of the data, which are nobody else's business."""
-        return _placeless(self.to_dict())
+        values = _placeless(self.to_dict())
+        return {**values, "init": None if self.init is None else Path(self.init).name}
 
     def check_continues(self, other: dict[str, Any], out: Path) -> None:
         """Raise ValueError unless a run of configuration `other` may continue with this one.

@@ -43,7 +43,7 @@ def heldout_crops(config: TrainConfig, data: Path, count: int, size: int) -> tor
 
 def show(samples: np.ndarray, truth: np.ndarray, path: Path, rows: int = 5) -> None:
     """Held-out galaxies on the left, samples on the right, one asinh stretch for all."""
-    figure, axes = plt.subplots(rows, 2 * rows + 1, figsize=(2.2 * rows, 1.1 * rows))
+    figure, axes = plt.subplots(rows, 2 * rows + 1, figsize=(11, 5.5))
     for row in axes:
         for axis in row:
             axis.axis("off")
@@ -85,6 +85,13 @@ def pqmass(a: torch.Tensor, b: torch.Tensor, repeats: int = 20) -> float:
     return float(np.median(pqm_pvalue(x, y, num_refs=50, re_tessellation=repeats)))
 
 
+def large_frames(config: TrainConfig, data: Path, zoom: float) -> CropStream:
+    """The held-out frames that are large enough for crops of 128 pixels, shrunk alike and centred."""
+    [large] = [s for s in config.heldout if Path(s.path).name.startswith("gz2")]
+    path = str(data / Path(large.path).name)
+    return CropStream((replace(large, path=path, zoom=(zoom, zoom), centred=1.0),), seed=2)
+
+
 def losses_by_size(
     prior: NetworkScore, config: TrainConfig, data: Path, sizes: tuple[int, ...], count: int = 64
 ) -> dict[int, dict[str, float]]:
@@ -93,9 +100,7 @@ def losses_by_size(
     At every size the frames are shrunk alike, so a larger crop holds the same galaxy with more around it.
     A loss (1 at the start of training) that grows with the size says where the prior stops to hold.
     """
-    [large] = [s for s in config.heldout if Path(s.path).name.startswith("gz2")]
-    source = replace(large, path=str(data / Path(large.path).name), zoom=(0.7, 0.7), centred=1.0)
-    stream = CropStream((source,), seed=2)
+    stream = large_frames(config, data, zoom=0.7)
     numbers, table = torch.arange(count), {}
     for size in sizes:
         clean = stream.batch(0, count, size)
@@ -126,6 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--larger", type=int, nargs="*", default=[], help="sides of larger samples")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -133,8 +139,18 @@ def main() -> None:
     config = TrainConfig.from_dict(prior.card["training"]["config"])
     size, name = prior.shape[-1], Path(options.prior).name
     truth = heldout_crops(config, options.data, options.samples, size)
-    draws = dp.sample(prior, options.samples, dp.DPMSolver(options.steps), seed=0, batch_size=64)
+    draws = dp.sample(
+        prior, options.samples, dp.DPMSolver(options.steps, eta=1.0), seed=0, batch_size=64
+    )
     show(draws.x[:, 0].numpy(), truth[:, 0].numpy(), options.out / f"{name}-samples.png")
+    for side in options.larger:
+        wide = dp.sample(
+            prior.with_shape((1, side, side)), 9, dp.DPMSolver(options.steps, eta=1.0), seed=1
+        )
+        # Galaxies that fill the larger frame as others fill the smaller.
+        frames = large_frames(config, options.data, zoom=side / 300).batch(0, 9, side)
+        path = options.out / f"{name}-samples-{side}.png"
+        show(wide.x[:, 0].numpy(), frames[:, 0].numpy(), path, rows=3)
     half = options.samples // 2
     verdict = {
         "prior": name,
