@@ -25,7 +25,7 @@ __all__ = ["ConvergenceWarning", "MatVec", "SolveReport", "cg", "filtered", "gmr
 
 MatVec = Callable[[Tensor], Tensor]
 
-_DELAY = 5  # steps whose progress stands for the error that is left
+_DELAY = 10  # steps whose progress stands for the error that is left
 
 
 @final
@@ -91,11 +91,11 @@ def cg(
         max_iter: most products with A (one more with x0).
         precond: an approximate inverse of A, symmetric and positive definite; None is the identity.
         x0: (B, ...) where to start; None is 0.
-        energy: an entry is done as well when its error in the energy norm, (e^T A e)^1/2, is at most this share
-            of the solution's. Every step lowers its square by a known amount (Hestenes & Stiefel 1952,
-            theorem 6:1), and the last five steps' sum is taken for what is left (Strakos & Tichy 2002, ETNA 13,
-            56). For the gain (I + B B^T)^-1 r of a Gaussian update B^T (I + B B^T)^-1 r, this norm bounds the
-            update's error in standard deviations of what is updated, mode by mode.
+        energy: an entry is done as well when its error in the energy norm, (e^T A e)^1/2, is about this share
+            of what it was at the start. Every step lowers its square by a known amount (Hestenes & Stiefel 1952,
+            theorem 6:1), and the last ten steps' sum is taken for what was left before them (Strakos & Tichy
+            2002, ETNA 13, 56): a lower bound, which a slow tail exceeds. For the gain (I + B B^T)^-1 r of a Gaussian update B^T (I + B B^T)^-1 r, this norm bounds the
+            update's error in standard deviations of what is updated, summed over its modes.
 
     Returns:
         A report. Where b is 0, x is 0. An entry stopped by negative curvature keeps its last

@@ -323,10 +323,10 @@ def effective_data(
     spectrum = linear.near_spectrum(input_shape, on_grid(power), (height, width))
     if spectrum is None:
         return None
-    spectrum = spectrum.double().clamp_min(1e-300)
-    spectrum = spectrum.reshape(*[1] * (len(data_shape) + 1 - spectrum.ndim), *spectrum.shape)
-    # Channels alike: (1 or B, H, W).
-    spectrum = spectrum.expand(*spectrum.shape[:-2], height, width).flatten(1, -3).mean(1)
+    spectrum = spectrum.to(weight.device, torch.float64).clamp_min(1e-300)
+    batch = spectrum.shape[0] if spectrum.ndim > len(data_shape) else 1
+    spectrum = spectrum.expand(*spectrum.shape[:-2], height, width)
+    spectrum = spectrum.reshape(batch, -1, height, width).mean(1)  # channels alike
     strength = weight.double().expand(torch.broadcast_shapes(weight.shape, (1, *data_shape)))
     if gain is not None:
         squares = gain.square()

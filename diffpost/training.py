@@ -33,15 +33,14 @@ from torch_ema import ExponentialMovingAverage
 
 from diffpost.networks import build_network
 from diffpost.networks.denoising_error import CARD_KEY, denoising_error
-from diffpost.networks.precondition import NetworkScore, edm_coefficients
-from diffpost.random import normal, uniform
+from diffpost.networks.precondition import NetworkScore
+from diffpost.random import normal
 from diffpost.sde import sde_from_dict
-from diffpost.training_config import NoiseLevels, Stage, TrainConfig, Turn
+from diffpost.training_config import Stage, TrainConfig, Turn
 from diffpost.training_data import CropStream
+from diffpost.training_loss import NOISE_STREAM, denoising_loss, noise_levels
 
 __all__ = ["TrainConfig", "Trainer", "train"]
-
-_LEVELS, _NOISE = 1, 2  # random streams of a training image
 
 
 @dataclass(frozen=True)
@@ -49,40 +48,6 @@ class _Batch:
     first: int
     images: Tensor
     turn: Turn
-
-
-def noise_levels(config: NoiseLevels, seed: int, numbers: Tensor) -> Tensor:
-    """Noise-to-signal ratio of each training image, (B,) float64."""
-    z = normal(seed, numbers, 0, (1,), dtype=torch.float64, stream=_LEVELS)[:, 0]
-    pick, spread = uniform(seed, numbers, 1, (2,), dtype=torch.float64, stream=_LEVELS).unbind(1)
-    bell = torch.exp(config.log_mean + config.log_std * z)
-    flat = config.low * (config.high / config.low) ** spread
-    return torch.where(pick < config.flat, flat, bell).clamp(config.low, config.high)
-
-
-def denoising_loss(
-    net: nn.Module,
-    clean: Tensor,
-    nsr: Tensor,
-    noise: Tensor,
-    sigma_data: float,
-    *,
-    middle: int | None = None,
-) -> Tensor:
-    """Weighted denoising error of each image, (B,): 1 is what predicting from c_skip alone costs.
-
-    `middle` counts the error in a central square of that side only.
-    """
-    c_skip, c_out, c_in, c_noise = edm_coefficients(nsr, sigma_data)
-    shape = (-1, *[1] * (clean.ndim - 1))
-    disturbed = clean.double() + nsr.view(shape) * noise.double()
-    target = (clean.double() - c_skip.view(shape) * disturbed) / c_out.view(shape)
-    output = net((c_in.view(shape) * disturbed).float(), c_noise.float())
-    error = (output.float() - target.float()).square()
-    if middle is not None:
-        top, left = ((side - middle) // 2 for side in error.shape[-2:])
-        error = error[..., top : top + middle, left : left + middle]
-    return error.flatten(1).mean(1)
 
 
 @final
@@ -114,6 +79,7 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.crops = CropStream(config.data, config.seed)
+        self._check_turns()
         self.heldout = CropStream(config.heldout, config.seed) if config.heldout else None
 
         torch.manual_seed(config.seed)
@@ -140,6 +106,17 @@ class Trainer:
         self._ddp: nn.Module = (
             nn.parallel.DistributedDataParallel(self.net) if self.world > 1 else self.net
         )
+
+    def _check_turns(self) -> None:
+        """Raise before hours are spent, not when a turn comes."""
+        for stage in self.config.stages:
+            for turn in (Turn(stage.crop, stage.batch), *stage.turns):
+                self.crops.check(turn.only)
+                if turn.batch % self.world:
+                    raise ValueError(
+                        f"got a batch of {turn.batch} for {self.world} processes; it must be divisible by their "
+                        "number"
+                    )
 
     # The run -------------------------------------------------------------------------------------
 
@@ -191,9 +168,10 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        self.save()
         if self.seen >= self.total:
             self._measure_error()
-        self.save()
+            self.save()
         return self.prior()
 
     def _load(self, seen: int) -> _Batch:
@@ -208,7 +186,7 @@ class Trainer:
         config = self.config
         numbers = torch.arange(batch.first, batch.first + len(batch.images))
         nsr = noise_levels(batch.turn.noise or config.noise, config.seed, numbers)
-        noise = normal(config.seed, numbers, 0, tuple(batch.images.shape[1:]), stream=_NOISE)
+        noise = normal(config.seed, numbers, 0, tuple(batch.images.shape[1:]), stream=NOISE_STREAM)
         rate = self._learning_rate(self.stage(self.seen)[0])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -289,7 +267,7 @@ class Trainer:
         crop, count = self.stage(max(self.seen - 1, 0))[0].crop, config.validate_images
         numbers = torch.arange(count)
         clean = self.heldout.batch(0, count, crop).to(self.device)
-        noise = normal(config.seed, numbers, 1, tuple(clean.shape[1:]), stream=_NOISE)
+        noise = normal(config.seed, numbers, 1, tuple(clean.shape[1:]), stream=NOISE_STREAM)
         row: dict[str, float] = {"images": self.seen, "crop": crop}
         self.net.eval()
         with self.ema.average_parameters(), torch.no_grad():

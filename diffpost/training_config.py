@@ -60,6 +60,9 @@ class Stage:
     def __post_init__(self) -> None:
         if self.images < 1 or self.crop < 1 or self.batch < 1:
             raise ValueError(f"got {self}; images, crop and batch must all be at least 1")
+        for turn in self.turns:
+            if isinstance(turn, dict) and isinstance(turn.get("only"), str):
+                raise ValueError(f"turns: got only: {turn['only']}; expected a list of names")
         turns = tuple(_build(Turn, turn, "turns") for turn in self.turns)
         object.__setattr__(self, "turns", turns)
 
@@ -138,6 +141,8 @@ class TrainConfig:
             raise ValueError(
                 "got no stages; give at least one, e.g. {images: 100000, crop: 64, batch: 64}"
             )
+        if self.error_images < 0 or self.error_images == 1:
+            raise ValueError(f"got error_images = {self.error_images}; expected 0, or 2 and more")
         if not self.sigma_data > 0:
             raise ValueError(f"got sigma_data = {self.sigma_data}; expected a positive number")
 

@@ -106,13 +106,23 @@ class CropStream:
         """Number of frames, over all sources."""
         return sum(len(source) for source in self.images)
 
-    def _shares(self, only: Sequence[str]) -> np.ndarray:
-        """Cumulated shares of the sources, those not named in `only` with none."""
+    def check(self, only: Sequence[str]) -> list[str]:
+        """The names of the data.
+
+        Raises
+        ------
+        ValueError: `only` names others.
+        """
         names = [Path(config.path).name for config in self.configs]
         if unknown := sorted(set(only) - set(names)):
             raise ValueError(
                 f"got a turn with only {', '.join(unknown)}; the data are {', '.join(names)}"
             )
+        return names
+
+    def _shares(self, only: Sequence[str]) -> np.ndarray:
+        """Cumulated shares of the sources, those not named in `only` with none."""
+        names = self.check(only)
         weights = np.cumsum(
             [
                 config.weight if not only or name in only else 0.0

@@ -28,9 +28,9 @@ import diffpost as dp
 from diffpost.morphology import measure
 from diffpost.networks.precondition import NetworkScore
 from diffpost.random import normal
-from diffpost.training import denoising_loss
 from diffpost.training_config import TrainConfig
 from diffpost.training_data import CropStream
+from diffpost.training_loss import denoising_loss
 
 
 def heldout_crops(config: TrainConfig, data: Path, count: int, size: int) -> torch.Tensor:

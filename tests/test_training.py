@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from diffpost.networks.precondition import edm_coefficients
-from diffpost.training import TrainConfig, Trainer, denoising_loss, noise_levels, train
+from diffpost.training import TrainConfig, Trainer, train
 from diffpost.training_config import NoiseLevels
 from diffpost.training_data import CropStream, DataConfig
+from diffpost.training_loss import denoising_loss, noise_levels
 
 
 def settings(folder, **changes):
@@ -296,6 +297,17 @@ def test_bad_settings_say_what_is_wrong(tmp_path):
         TrainConfig.from_yaml(tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match="got no data"):
         TrainConfig.from_dict({**good, "data": []})
+    turn = {"crop": 8, "batch": 4, "only": "blobs.npy"}
+    with pytest.raises(ValueError, match="expected a list of names"):
+        TrainConfig.from_dict(
+            {**good, "stages": [{"images": 16, "crop": 8, "batch": 4, "turns": [turn]}]}
+        )
+    other = {**turn, "only": ["others.npy"]}
+    late = {**good, "stages": [{"images": 16, "crop": 8, "batch": 4, "turns": [other]}]}
+    with pytest.raises(ValueError, match="only others"):
+        Trainer(TrainConfig.from_dict(late), tmp_path / "late")
+    with pytest.raises(ValueError, match="error_images = 1"):
+        TrainConfig.from_dict({**good, "error_images": 1})
     small = TrainConfig.from_dict({**good, "stages": [{"images": 16, "crop": 16, "batch": 16}]})
     with pytest.raises(ValueError, match="crops of 16 pixels"):
         train(small, tmp_path / "small", progress=False)

@@ -40,8 +40,10 @@ class CovarianceAt(ABC):
         """C_t v, for v (B, *shape)."""
 
     @abstractmethod
-    def times(self, factor: Tensor) -> CovarianceAt:
-        """The covariance times factor (B,), positive."""
+    def enlarged(self, factor: Tensor) -> CovarianceAt:
+        """The covariance times factor (B,), at least 1, but no larger than nsr^2, which is what a flat prior
+        leaves, where it was smaller.
+        """
 
     @abstractmethod
     def effective_data(
@@ -74,19 +76,20 @@ class Covariance(ABC):
 class _White(CovarianceAt):
     """s I."""
 
-    def __init__(self, s: Tensor) -> None:
-        self.power = s
+    def __init__(self, s: Tensor, limit: Tensor) -> None:
+        self.power, self._limit = s, limit
 
     def apply(self, v: Tensor) -> Tensor:
         return expand(self.power, v) * v
 
-    def times(self, factor: Tensor) -> CovarianceAt:
-        return _White(self.power * factor.to(self.power))
+    def enlarged(self, factor: Tensor) -> CovarianceAt:
+        power, limit = self.power.to(factor), self._limit.to(factor)
+        return _White(torch.minimum(power * factor, torch.maximum(power, limit)), self._limit)
 
     def effective_data(
         self, likelihood: Likelihood, linear: LinearOperator, r: Tensor
     ) -> Tensor | None:
-        return likelihood.effective_data(linear, r, self.power.reshape(-1, 1, 1, 1))
+        return likelihood.effective_data(linear, r, self.power.reshape(-1, *[1] * (r.ndim - 1)))
 
     def solve(
         self,
@@ -104,14 +107,16 @@ class _White(CovarianceAt):
 class _Stationary(CovarianceAt):
     """F^-1 diag(power) F."""
 
-    def __init__(self, power: Tensor) -> None:
-        self.power = power
+    def __init__(self, power: Tensor, limit: Tensor) -> None:
+        self.power, self._limit = power, limit
 
     def apply(self, v: Tensor) -> Tensor:
         return filtered(v, self.power)
 
-    def times(self, factor: Tensor) -> CovarianceAt:
-        return _Stationary(self.power * per_entry(factor, self.power))
+    def enlarged(self, factor: Tensor) -> CovarianceAt:
+        limit = per_entry(self._limit.reshape(-1).to(self.power.device), self.power)
+        power = self.power * per_entry(factor, self.power)
+        return _Stationary(torch.minimum(power, torch.maximum(self.power, limit)), self._limit)
 
     def effective_data(
         self, likelihood: Likelihood, linear: LinearOperator, r: Tensor
@@ -134,15 +139,18 @@ class _Stationary(CovarianceAt):
 class _Modulated(CovarianceAt):
     """G F^-1 diag(power) F G."""
 
-    def __init__(self, power: Tensor, gain: Tensor) -> None:
-        self._power, self.gain = power, gain
-        self.power = power * gain.square().mean((-3, -2, -1), keepdim=True)
+    def __init__(self, power: Tensor, gain: Tensor, limit: Tensor) -> None:
+        self._power, self.gain, self._limit = power, gain, limit
+        self.power = power * per_entry(gain.square().flatten(1).mean(1), gain)
 
     def apply(self, v: Tensor) -> Tensor:
         return self.gain * filtered(self.gain * v, self._power)
 
-    def times(self, factor: Tensor) -> CovarianceAt:
-        return _Modulated(self._power, self.gain * per_entry(factor.sqrt(), self.gain))
+    def enlarged(self, factor: Tensor) -> CovarianceAt:
+        limit = per_entry(self._limit.reshape(-1).to(self.gain.device).sqrt(), self.gain)
+        gain = self.gain * per_entry(factor.sqrt(), self.gain)
+        gain = torch.minimum(gain, torch.maximum(self.gain, limit))
+        return _Modulated(self._power, gain, self._limit)
 
     def effective_data(
         self, likelihood: Likelihood, linear: LinearOperator, r: Tensor
@@ -186,7 +194,7 @@ class IsotropicCovariance(Covariance):
 
     def at(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> CovarianceAt:
         s = squared_nsr(prior.sde, denoised, t)
-        return _White(s * self.prior_variance / (s + self.prior_variance))
+        return _White(s * self.prior_variance / (s + self.prior_variance), s)
 
 
 @final
@@ -242,7 +250,8 @@ class SpectralCovariance(Covariance):
         return values.to(like.device, like.dtype)
 
     def at(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> CovarianceAt:
-        return _Stationary(self.spectrum(denoised, prior, t))
+        limit = squared_nsr(prior.sde, denoised, t)
+        return _Stationary(self.spectrum(denoised, prior, t), limit)
 
 
 @final
@@ -324,8 +333,14 @@ class LocalCovariance(Covariance):
         return gain.exp().reshape(denoised.shape)
 
     def at(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> CovarianceAt:
+        if denoised.ndim < 3:
+            raise ValueError(
+                f"LocalCovariance: got a prior of shape {tuple(denoised.shape[1:])}; expected images (..., H, W)."
+            )
         power = self.correlations.spectrum(denoised, prior, t)
-        return _Modulated(power / power.mean((-2, -1), keepdim=True), self.gain(denoised, prior, t))
+        power = power / power.mean((-2, -1), keepdim=True)
+        limit = squared_nsr(prior.sde, denoised, t)
+        return _Modulated(power, self.gain(denoised, prior, t), limit)
 
 
 def local_brightness(image: Tensor, smoothing: float) -> Tensor:

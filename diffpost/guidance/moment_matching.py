@@ -62,27 +62,31 @@ class MomentMatching(Guidance):
             of the Gaussian above with C_t held fixed: sigma^2/alpha J^T A^T (...)^-1 r. False writes
             C_t for sigma^2/alpha J^T, D_y = D + C_t A^T (...)^-1 r: no network VJP, about 2.7 times
             cheaper. Both agree where the model is exact. Where it is not, False moves pixels by how
-            uncertain they are on average instead of for this image (an empty sky is moved as much
-            as a galaxy), so data are followed less closely at the noise levels where structure is
-            decided; the end of the trajectory, C_t = nsr^2 I, is the same. True moves a mode by the
+            uncertain they are on average instead of for this image (with a stationary model an
+            empty sky is moved as much as a galaxy), so data are followed less closely at the noise levels where structure is
+            decided; the end of the trajectory, where C_t vanishes, is the same. True moves a mode by the
             ratio of its true variance to the model's, too far where the model is too small by
             several times, and then samplers diverge; False never overshoots the data.
-        accuracy: the error of D_y, in standard deviations of C_t and on average over its modes, at which the
-            solve may stop before ``tol``; None does not. See ``diffpost.linalg.cg``: a few per cent of what is
-            uncertain at a noise level are forgotten at the next, and cost several times fewer iterations
-            where data are good.
+        accuracy: share of the update's energy norm at which the solve may stop before ``tol``; None does not. The
+            norm bounds the error of D_y in standard deviations of C_t, in total and not mode by mode, and is
+            estimated; see ``diffpost.linalg.cg``. A few per cent of what is uncertain at a noise level are
+            forgotten at the next, and cost several times fewer iterations where data are good.
         enlarge: only with a model of C_t. Where the residual says that C_t is too small for this image, it
             is enlarged, entry by entry, by
 
-                f = max(1, |C_t^1/2 A^T v|^2 / tr (Sigma + A C_t A^T)^-1 A C_t A^T),   v = (Sigma + A C_t A^T)^-1 r,
+                f = (|C_t^1/2 A^T v|^2 + w)/(g + w),   v = (Sigma + A C_t A^T)^-1 r,
+                g = tr (Sigma + A C_t A^T)^-1 A C_t A^T.
 
-            whose numerator has the denominator for expectation if r is N(0, Sigma + A C_t A^T), as it is where
-            the model is right; setting it so is MacKay's (1992, Neural Comp. 4, 415) step to the maximum of the
-            evidence; two are made. Images unlike those that the model was measured on would otherwise be
-            followed too little, and their draws would not fit the data. Costs a solve for each step that it makes.
+            If r is N(0, Sigma + A C_t A^T), as it is where the model is right, the square has the expectation g and
+            at most the variance 2 g; without w this is MacKay's (1992, Neural Comp. 4, 415) step to the maximum of
+            the evidence. w = 10 is the weight of the model, nothing happens within two standard
+            deviations, at most two steps are made, and no pixel gets more than a flat prior would leave it,
+            nsr^2. Images unlike those that the model was measured on would otherwise be followed too little, and
+            their draws would not fit the data. An error of the PSF or of the noise looks the same: see
+            that a draw's chi2 is 1. Costs a solve for each step that it makes.
         precondition: with the exact C_t, a model of it that preconditions the solve: the same answer in
             fewer VJPs. None is an isotropic one of unit variance.
-        solver: of the exact C_t's system. A network's Jacobian is symmetric only as far as it was trained
+        solver: of the system. A network's Jacobian is symmetric only as far as it was trained
             well; where conjugate gradients stop on it, ``diffpost.linalg.gmres`` does not need symmetry.
 
     Raises:
@@ -153,7 +157,7 @@ class MomentMatching(Guidance):
             factor = self._enlargement(covariance, likelihood, linear, residual, report)
             if not bool((factor > 1).any()):
                 break
-            covariance = covariance.times(factor)
+            covariance = covariance.enlarged(factor)
             report = self._solve(covariance, likelihood, linear, residual)
         image = linear.adjoint(report.x)
         if self.differentiate:
@@ -173,7 +177,7 @@ class MomentMatching(Guidance):
         r: Tensor,
         report: SolveReport,
     ) -> Tensor:
-        """f, (B,) float64; 1 where it would be less than a twentieth more."""
+        """f, (B,) float64; 1 where chance alone may have made it more."""
         expected = covariance.effective_data(likelihood, linear, r)
         if expected is None:
             raise ValueError(
@@ -183,7 +187,9 @@ class MomentMatching(Guidance):
         image = linear.adjoint(report.x)
         found = (image * covariance.apply(image)).flatten(1).sum(1, dtype=torch.float64)
         factor = (found + _WEIGHT) / (expected + _WEIGHT)
-        return torch.where(factor > 1.05, factor, 1.0)
+        # The variance of the numerator is at most twice its expectation.
+        chance = (2 / (expected + _WEIGHT)).sqrt()
+        return torch.where(factor > 1 + 2 * chance, factor, 1.0)
 
     def _exact(self, prior: ScoreModel, likelihood: Likelihood, x: Tensor, t: Tensor) -> Tensor:
         """With C_t = sigma^2/alpha J; J^T and J are the same matrix, so C_t is applied by VJPs."""
@@ -194,7 +200,9 @@ class MomentMatching(Guidance):
             linear = likelihood.operator.linearize(denoised)
             residual = likelihood.residual(denoised)
             power = factor * spectrum
-            report = likelihood.solve_spectral(linear, residual, power, self.tol, self.max_iter)
+            report = likelihood.solve_spectral(
+                linear, residual, power, self.tol, self.max_iter, self.solver
+            )
             return denoised + filtered(linear.adjoint(report.x), power)
         denoised, vjp = prior.denoise_vjp(x, t)
         linear = likelihood.operator.linearize(denoised)

@@ -90,9 +90,7 @@ def infer_scale(
     took from that peak.  The latter is the ratio of the peaks of a Wiener estimate
     conj(P) S / (|P|^2 S + N) Y, with S(k) proportional to (1 + (k h)^2)^-3, the spectrum of an
     exponential disc of the target's size h, before and after the PSF; it is kept within 1 and 3.
-    The shipped priors saw amplitudes of 0.5 to 1.6, so an error of tens of per cent does little: on the
-    dwarf galaxy of Abell 2744 a scale half or twice as large moved the posterior mean by 0.27 of its
-    standard deviation (rms over the galaxy), the standard deviation by 14%, and the flux by 0.13%.
+    The shipped priors saw amplitudes of 0.5 to 1.6 of it; docs/deconvolution.md says what an error of it does.
 
     Parameters
     ----------

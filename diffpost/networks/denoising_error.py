@@ -26,7 +26,8 @@ CARD_KEY = "denoising_error"
 
 _SMOOTHING = 1.5  # pixels over which brightness is averaged
 _RANGE = 2e4  # of the brightness table: the brightest pixel over the faintest node
-_FEWEST = 50.0  # pixels that a node of the table wants
+_FEWEST = 2000.0  # pixels that a node of the table wants; neighbours' errors are alike
+_SHARE = 0.005  # of the pixels, where images are few
 
 
 @torch.no_grad()
@@ -65,6 +66,7 @@ def denoising_error(
     if not top > 0:
         raise ValueError("got images that are zero everywhere; expected images with light in them")
     brightness = torch.logspace(math.log10(top / _RANGE), math.log10(top), nodes).double()
+    images = images.cpu()
     height, width = images.shape[-2:]
     k = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)[None, :])
     edges = torch.linspace(0, float(k.max()) + 1e-6, bins + 1)
@@ -101,7 +103,8 @@ def _errors(
     for part in torch.arange(len(images)).split(batch_size):
         clean = images[part]
         z = normal(seed, part, step, tuple(clean.shape[1:]))
-        denoised = prior.denoise(prior.sde.perturb(clean, t, z), t).double()
+        noisy = prior.sde.perturb(clean, t, z).to(prior.device)
+        denoised = prior.denoise(noisy, t).double().cpu()
         errors.append(clean.double() - denoised)
         bright.append(local_brightness(denoised, _SMOOTHING))
     return torch.cat(errors), torch.cat(bright)
@@ -122,8 +125,7 @@ def _amplitudes(error: Tensor, left: Tensor, weight: Tensor, nodes: int) -> Tens
     for index, share in ((left, 1 - weight), (left + 1, weight)):
         squares.index_add_(0, index.flatten(), (share * error.square()).flatten())
         counts.index_add_(0, index.flatten(), share.flatten())
-    # A small frame may have no node with that many.
-    good = torch.nonzero(counts >= min(_FEWEST, float(counts.max())))[:, 0]
+    good = torch.nonzero(counts >= min(_FEWEST, _SHARE * error.numel()))[:, 0]
     nearest = good[(torch.arange(nodes)[:, None] - good[None, :]).abs().argmin(1)]
     return (squares[nearest] / counts[nearest]).clamp_min(1e-300).sqrt()
 
