@@ -61,6 +61,21 @@ def test_residuals_are_those_of_blank_sky(demo: Path) -> None:
     assert np.nanmean(residual**2) == pytest.approx(metrics["reduced_chi2"]["mean"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_the_whole_spiral_is_explained(tmp_path: Path) -> None:
+    """112 pixels of galaxy on a grid of 128, larger than the prior's 64: no structure is left, no flux lost."""
+    command = ["demo", "--samples", "2", "--out", str(tmp_path / "spiral")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    metrics = record(tmp_path / "spiral")["metrics"]
+    assert metrics["pixels"] > 11000
+    assert abs(misfit(metrics)) < BAND
+    for axis in ("x", "y"):  # blank sky's is the drizzle's
+        correlation = metrics["residual_autocorrelation"]
+        assert correlation[axis] == pytest.approx(correlation["sky"], abs=0.12)
+    assert metrics["flux"]["model_over_data"] == pytest.approx(1, abs=0.01)
+
+
 def test_those_figures_would_tell_a_wrong_image(demo: Path) -> None:
     """Negative controls: the draws moved by a pixel, and 2% brighter."""
     target = demo_target("dwarf")
