@@ -71,7 +71,7 @@ class MomentMatching(Guidance):
             norm bounds the error of D_y in standard deviations of C_t, in total and not mode by mode, and is
             estimated; see ``diffpost.linalg.cg``. A few per cent of what is uncertain at a noise level are
             forgotten at the next, and cost several times fewer iterations where data are good.
-        enlarge: only with a model of C_t. Where the residual says that C_t is too small for this image, it
+        enlarge: only with differentiate=False. Where the residual says that C_t is too small for this image, it
             is enlarged, entry by entry, by
 
                 f = (|C_t^1/2 A^T v|^2 + w)/(g + w),   v = (Sigma + A C_t A^T)^-1 r,
@@ -90,7 +90,7 @@ class MomentMatching(Guidance):
             well; where conjugate gradients stop on it, ``diffpost.linalg.gmres`` does not need symmetry.
 
     Raises:
-        ValueError: enlarge without a covariance, or, when it acts, with an operator or noise whose structure
+        ValueError: enlarge without a covariance or with differentiate, or, when it acts, with an operator or noise whose structure
             does not give the trace; tol, max_iter or accuracy not positive, accuracy with another solver than conjugate
             gradients, or differentiate=False without a covariance.
     """
@@ -115,9 +115,10 @@ class MomentMatching(Guidance):
             raise ValueError(
                 f"MomentMatching(tol={tol}, max_iter={max_iter}): expected tol > 0, max_iter >= 1."
             )
-        if covariance is None and enlarge:
+        if enlarge and (covariance is None or differentiate):
             raise ValueError(
-                "MomentMatching(enlarge=True) needs a covariance to enlarge; the exact one is what it is."
+                "MomentMatching(enlarge=True) needs a covariance to enlarge and differentiate=False: what is "
+                "differentiated is what it is."
             )
         if covariance is None and not differentiate:
             raise ValueError(

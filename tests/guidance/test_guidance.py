@@ -454,7 +454,10 @@ def test_a_covariance_that_is_too_small_is_enlarged():
     torch.testing.assert_close(alone[0], answer(small, True)[3], rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="needs a covariance"):
         MomentMatching(enlarge=True)
-    guidance = MomentMatching(covariance=IsotropicCovariance(1.0), enlarge=True)
+    white = IsotropicCovariance(1.0)
+    with pytest.raises(ValueError, match="differentiate=False"):
+        MomentMatching(covariance=white, enlarge=True)
+    guidance = MomentMatching(covariance=white, differentiate=False, enlarge=True)
     posterior = Posterior(dense_problem()[0], dense_problem()[1], guidance)
     with pytest.raises(ValueError, match="trace is not known"):
         posterior.denoise(rand(1, D), t)
