@@ -249,7 +249,9 @@ def train(
     ],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the run; default: the one of --config, or 0.")
+    ] = None,
 ) -> None:
     """Train a prior on your own images, or go on with a run that was stopped."""
     from diffpost.jobs.train import train_config

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from diffpost.jobs.train import train_config
 from diffpost.networks.precondition import edm_coefficients
 from diffpost.training import TrainConfig, Trainer, train
 from diffpost.training_config import NoiseLevels
@@ -320,3 +321,12 @@ def test_yaml_round_trip_and_relative_paths(tmp_path):
     config = TrainConfig.from_yaml(tmp_path / "config.yaml")
     assert config.data[0].path == str(tmp_path / "blobs.npy")
     assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_seed_of_the_command_goes_before_the_files(tmp_path):
+    values = settings(tmp_path, seed=7)
+    values["data"][0]["path"] = "blobs.npy"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    for given, used in ((None, 7), (3, 3), (0, 0)):
+        assert train_config(tmp_path, tmp_path / "config.yaml", given).seed == used
+    assert train_config(tmp_path, None, None).seed == 0
