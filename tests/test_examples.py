@@ -1,0 +1,70 @@
+"""The scripts of examples/ run, and say what the documents say."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+_FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_oracle_table_is_made() -> None:
+    script = [sys.executable, str(_FOLDER / "oracle_table.py")]
+    done = subprocess.run(
+        [*script, "--draws", "8", "--only", "what the job does"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    rows = [line for line in done.stdout.splitlines() if "what the job does" in line]
+    assert len(rows) == 3
+    for line in rows:
+        cells = [cell.strip() for cell in line.split("|")]
+        assert 0.6 < float(cells[3]) < 1.4  # error of the mean of 8 draws over its floor
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "DIFFPOST_DATA" not in os.environ, reason="set DIFFPOST_DATA to the folder of real data"
+)
+def test_hsc_comes_closer_to_hst_than_richardson_lucy() -> None:
+    """Galaxy B of docs/deconvolution.md, two draws, against 100 iterations; the data as the control."""
+    hsc = example("hsc_galaxies")
+    field = hsc.read_field()
+    assert field.offset == pytest.approx((-0.45, 0.07), abs=0.02)
+    settings = argparse.Namespace(prior="galaxies-64", samples=2, seed=0, inflate=1.0)
+    draws = hsc.draws(field, "B", settings)
+    wide = np.pad(field.seen, hsc.PAD, mode="reflect")
+    steps = [(np.arange(n * hsc.FINER) - 1) / hsc.FINER for n in wide.shape]
+    grid = np.meshgrid(*steps, indexing="ij")
+    fine = hsc.map_coordinates(wide, grid, order=3, mode="nearest")
+    psf = hsc.sampled(field.hsc_psf.data, hsc.FINER)
+    lucy = hsc.richardson_lucy(np.clip(fine, 1e-6, None), psf, num_iter=100, clip=False)
+    where, width = hsc.aperture(field, "B"), 0.15 / 2.3548 / field.pixel
+    truth = gaussian_filter(field.truth, width)
+
+    def error(image: np.ndarray) -> float:
+        return float(hsc.compare(gaussian_filter(image, width), truth, where).error)
+
+    ours = error(draws.mean(0))
+    theirs, data = (error(field.through_hst(x, -hsc.PAD, -hsc.PAD)) for x in (lucy, fine))
+    assert ours < 0.12 and ours < 0.65 * theirs < 0.5 * data
