@@ -46,7 +46,8 @@ Array = NDArray[np.float64]
 _STEPS = 32
 # Linear solves: a twentieth of the standard deviation at a noise level is forgotten at the next, and on a
 # bright target takes several times fewer iterations than a residual of 0.1% would.
-_SOLVE: dict[str, Any] = {"tol": 1e-3, "max_iter": 1000, "accuracy": 0.05}
+_SOLVE: dict[str, Any] = {"tol": 1e-3, "max_iter": 1000}
+_ACCURACY = 0.05
 _WHITE = 10.0  # in network units squared
 
 
@@ -66,10 +67,16 @@ def default_inference(prior: ScoreModel, likelihood: Likelihood) -> tuple[Guidan
         # The effective number of data is known for one instrument with independent noise.
         known = likelihood.noise.weight() is not None and not isinstance(likelihood.operator, Stack)
         guidance = MomentMatching(
-            **_SOLVE, covariance=covariance, differentiate=False, enlarge=known
+            **_SOLVE,
+            covariance=covariance,
+            differentiate=False,
+            accuracy=_ACCURACY,
+            enlarge=known,
         )
     else:
-        guidance = MomentMatching(**_SOLVE, covariance=IsotropicCovariance(_WHITE))
+        guidance = MomentMatching(
+            **_SOLVE, covariance=IsotropicCovariance(_WHITE), accuracy=_ACCURACY
+        )
     return guidance, sampler_of(None)
 
 
