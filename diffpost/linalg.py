@@ -14,6 +14,7 @@ finite returns NaN for that entry, and warns too.
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -91,11 +92,12 @@ def cg(
         max_iter: most products with A (one more with x0).
         precond: an approximate inverse of A, symmetric and positive definite; None is the identity.
         x0: (B, ...) where to start; None is 0.
-        energy: an entry is done as well when its error in the energy norm, (e^T A e)^1/2, is about this share
-            of what it was at the start. Every step lowers its square by a known amount (Hestenes & Stiefel 1952,
-            theorem 6:1), and the last ten steps' sum is taken for what was left before them (Strakos & Tichy
-            2002, ETNA 13, 56): a lower bound, which a slow tail exceeds. For the gain (I + B B^T)^-1 r of a Gaussian update B^T (I + B B^T)^-1 r, this norm bounds the
-            update's error in standard deviations of what is updated, summed over its modes.
+        energy: an entry is done as well when its error in the energy norm, (e^T A e)^1/2, is about this
+            share of what it was at the start. Every step lowers its square by a known amount (Hestenes &
+            Stiefel 1952, theorem 6:1), and the last ten steps' sum is taken for what was left before them
+            (Strakos & Tichy 2002, ETNA 13, 56): a lower bound, which a slow tail exceeds. For the gain
+            (I + B B^T)^-1 r of a Gaussian update B^T (I + B B^T)^-1 r, this norm bounds the update's error
+            in standard deviations of what is updated, summed over its modes.
 
     Returns:
         A report. Where b is 0, x is 0. An entry stopped by negative curvature keeps its last
@@ -126,7 +128,9 @@ def cg(
     rz = _dot(r, z)
     iterations = 0
     settled = torch.zeros_like(active)
-    lowered: list[Tensor] = []  # of the squared energy norm of the error, by each step
+    # What the last steps and all of them lowered the squared energy norm of the error by.
+    lowered: deque[Tensor] = deque(maxlen=_DELAY)
+    total = torch.zeros_like(rz)
     while iterations < max_iter and bool(active.any()):
         ap = matvec(p)
         iterations += 1
@@ -142,9 +146,9 @@ def cg(
         residual = torch.where(active, _norm(r), residual)
         if energy is not None:
             lowered.append(step * rz)
-            left = torch.stack(lowered[-_DELAY:]).sum(0)
-            total = torch.stack(lowered).sum(0)
-            if len(lowered) >= _DELAY:
+            total = total + lowered[-1]
+            if len(lowered) == _DELAY:
+                left = torch.stack(tuple(lowered)).sum(0)
                 settled = settled | (active & (left <= energy**2 * total))
         active = active & (residual > tol) & ~settled
         if not bool(active.any()):

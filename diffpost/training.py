@@ -110,7 +110,7 @@ class Trainer:
     def _check_turns(self) -> None:
         """Raise before hours are spent, not when a turn comes."""
         for stage in self.config.stages:
-            for turn in (Turn(stage.crop, stage.batch), *stage.turns):
+            for turn in stage.steps:
                 self.crops.check(turn.only)
                 if turn.batch % self.world:
                     raise ValueError(

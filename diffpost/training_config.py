@@ -66,11 +66,15 @@ class Stage:
         turns = tuple(_build(Turn, turn, "turns") for turn in self.turns)
         object.__setattr__(self, "turns", turns)
 
+    @property
+    def steps(self) -> tuple[Turn, ...]:
+        """Every kind of step, in the order in which they take turns."""
+        return (Turn(self.crop, self.batch), *self.turns)
+
     def turn(self, offset: int) -> Turn:
         """The kind of the step that starts `offset` images into the stage."""
-        turns = (Turn(self.crop, self.batch), *self.turns)
-        place = offset % sum(turn.batch for turn in turns)
-        for turn in turns:
+        place = offset % sum(turn.batch for turn in self.steps)
+        for turn in self.steps:
             if place < turn.batch:
                 break
             place -= turn.batch

@@ -19,14 +19,13 @@ import argparse
 from pathlib import Path
 
 import torch
+from judge_prior import heldout_crops
 from torch import Tensor
 
 import diffpost as dp
 from diffpost.deconvolve import default_inference
 from diffpost.random import normal
-from diffpost.score import ScoreModel
 from diffpost.training_config import TrainConfig
-from diffpost.training_data import CropStream
 
 BANDS = ((0.0, 1e9), (0.0, 4.0), (4.0, 12.0), (12.0, 1e9))  # cycles per frame
 
@@ -36,14 +35,6 @@ def gaussian_psf(sigma: float) -> Tensor:
     profile = torch.exp(-0.5 * (torch.arange(-r, r + 1) / sigma) ** 2)
     psf = torch.outer(profile, profile)
     return psf / psf.sum()
-
-
-def held_out(prior: ScoreModel, data: Path, count: int) -> Tensor:
-    values = TrainConfig.from_dict(prior.card["training"]["config"]).to_dict()
-    for source in values["heldout"]:
-        source["path"] = str(data / Path(source["path"]).name)
-    stream = CropStream(TrainConfig.from_dict(values).heldout, seed=5)
-    return stream.batch(0, count, prior.shape[-1])
 
 
 def ratios(truth: Tensor, x: Tensor) -> list[tuple[float, float]]:
@@ -78,7 +69,9 @@ def main() -> None:
     prior = dp.load_prior(options.prior)
     n = options.galaxies
     own = dp.sample(prior, n, dp.DPMSolver(64, eta=1.0), seed=77, progress=False).x.float()
-    truths = {"held-out galaxies": held_out(prior, options.data, n), "draws of the prior": own}
+    config = TrainConfig.from_dict(prior.card["training"]["config"])
+    crops = heldout_crops(config, options.data, n, prior.shape[-1], seed=5)
+    truths = {"held-out galaxies": crops, "draws of the prior": own}
     print("| truth | PSF | noise | reduced chi2 | all | k < 4 | 4-12 | >= 12 | error of the mean |")
     print("|---|---|---|---|---|---|---|---|---|")
     for setting in options.settings:

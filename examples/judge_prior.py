@@ -33,12 +33,14 @@ from diffpost.training_data import CropStream
 from diffpost.training_loss import denoising_loss
 
 
-def heldout_crops(config: TrainConfig, data: Path, count: int, size: int) -> torch.Tensor:
+def heldout_crops(
+    config: TrainConfig, data: Path, count: int, size: int, seed: int = 1
+) -> torch.Tensor:
     """Crops of the held-out frames, cut as in training."""
     values = config.to_dict()
     for source in values["heldout"]:
         source["path"] = str(data / Path(source["path"]).name)
-    return CropStream(TrainConfig.from_dict(values).heldout, seed=1).batch(0, count, size)
+    return CropStream(TrainConfig.from_dict(values).heldout, seed=seed).batch(0, count, size)
 
 
 def show(samples: np.ndarray, truth: np.ndarray, path: Path, rows: int = 5) -> None:

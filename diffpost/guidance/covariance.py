@@ -259,9 +259,9 @@ class LocalCovariance(Covariance):
     """C_t = G S G: errors that are stationary but for their size, which follows the brightness.
 
     G is diagonal, the standard deviation of the denoising error of a pixel by how bright the denoised image
-    is there (the Gaussian average of its absolute value), and S the spectrum of the error over G. On galaxies
-    the error of a pixel on the galaxy exceeds that of one on the sky by up to hundreds, at every noise level:
-    a stationary C_t moves the sky too much and the galaxy too little.
+    is there (the Gaussian average of its absolute value), and S the spectrum of the error over G. The error of
+    a pixel at a galaxy's peak is ten to twenty times that of one on the sky, at every noise level but the
+    lowest: a stationary C_t moves the sky too much and the galaxy too little.
 
     G depends on the image, and, as everywhere in moment matching, this dependence is not differentiated.
 
@@ -323,13 +323,10 @@ class LocalCovariance(Covariance):
         level = squared_nsr(prior.sde, denoised, t).cpu().sqrt().clamp_min(1e-150).log().reshape(-1)
         rows = _interpolate(level, self.nsr.log(), self.amplitude.log())
         rows = rows + (level[:, None] - math.log(self.nsr[0])).clamp_max(0)
-        nodes = self.brightness.log().to(denoised.device, denoised.dtype)
-        rows = rows.to(nodes).expand(len(denoised), -1)
-        bright = local_brightness(denoised, self.smoothing).clamp_min(float(self.brightness[0]))
-        place = bright.log().clamp(nodes[0], nodes[-1]).flatten(1)
-        right = torch.searchsorted(nodes, place).clamp(1, len(nodes) - 1)
-        weight = (place - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
-        gain = (1 - weight) * rows.gather(1, right - 1) + weight * rows.gather(1, right)
+        rows = rows.to(denoised.device, denoised.dtype).expand(len(denoised), -1)
+        bright = local_brightness(denoised, self.smoothing).flatten(1)
+        left, weight = between_nodes(bright, self.brightness.to(bright))
+        gain = (1 - weight) * rows.gather(1, left) + weight * rows.gather(1, left + 1)
         return gain.exp().reshape(denoised.shape)
 
     def at(self, denoised: Tensor, prior: ScoreModel, t: Tensor) -> CovarianceAt:
@@ -352,6 +349,16 @@ def local_brightness(image: Tensor, smoothing: float) -> Tensor:
     )
     response = torch.exp(-2 * math.pi**2 * smoothing**2 * k2)
     return filtered(image.abs(), response).clamp_min(0)
+
+
+def between_nodes(values: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """The node to the left of each value and the weight of the one to its right, linear in the logarithm;
+    values beyond the nodes (N,) are taken to be at the outermost.
+    """
+    logs = nodes.log()
+    place = values.clamp(nodes[0], nodes[-1]).log().clamp(logs[0], logs[-1])
+    right = torch.searchsorted(logs, place).clamp(1, len(nodes) - 1)
+    return right - 1, (place - logs[right - 1]) / (logs[right] - logs[right - 1])
 
 
 def _interpolate(x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:

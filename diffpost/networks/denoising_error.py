@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpost.guidance.covariance import LocalCovariance, SpectralCovariance, local_brightness
+from diffpost.guidance.covariance import (
+    LocalCovariance,
+    SpectralCovariance,
+    between_nodes,
+    local_brightness,
+)
 from diffpost.random import normal
 from diffpost.score import ScoreModel
 
@@ -76,7 +81,7 @@ def denoising_error(
     amplitudes, spectra = [], []
     for step, t in enumerate(grid):
         error, bright = _errors(prior, images, t, step, seed, batch_size)
-        left, weight = _place(bright, brightness)
+        left, weight = between_nodes(bright, brightness)
         amplitude = _amplitudes(error, left, weight, nodes)
         logs = amplitude.log()
         gain = torch.exp((1 - weight) * logs[left] + weight * logs[left + 1])
@@ -108,14 +113,6 @@ def _errors(
         errors.append(clean.double() - denoised)
         bright.append(local_brightness(denoised, _SMOOTHING))
     return torch.cat(errors), torch.cat(bright)
-
-
-def _place(bright: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """The node to the left of each brightness and the weight of the one to its right, in its logarithm."""
-    step = (nodes[-1] / nodes[0]).log() / (len(nodes) - 1)
-    place = (bright.clamp(nodes[0], nodes[-1]) / nodes[0]).log() / step
-    left = place.floor().clamp(0, len(nodes) - 2)
-    return left.long(), place - left
 
 
 def _amplitudes(error: Tensor, left: Tensor, weight: Tensor, nodes: int) -> Tensor:
