@@ -212,6 +212,18 @@ class Likelihood:
             other._solves = self._solves
         return other
 
+    def repeat(self, k: int) -> Likelihood:
+        """The likelihood of y with every row k times in a row: k draws of each observation, consecutive.
+
+        Raises:
+            ValueError: y has no batch axis (then every draw has it already), or k is not positive.
+        """
+        if not self.batched or k < 1:
+            raise ValueError(
+                f"repeat({k}): expected k > 0, and y with a batch axis; it is {tuple(self.y.shape)}."
+            )
+        return self.select(torch.arange(len(self.y)).repeat_interleave(k))
+
     def __add__(self, other: Likelihood) -> Likelihood:
         """Independent data: log-probabilities add. The data are flattened and joined."""
         if not isinstance(other, Likelihood):

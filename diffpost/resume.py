@@ -31,17 +31,19 @@ FORMAT = "diffpost-run-1"
 # are iterative, and of its likelihood and units alone.
 TOLERANCE = 1e-3
 EXACT = 2e-5
+_EXTRA = "extra."
 
 
 @final
 @dataclass(frozen=True)
 class Row:
-    """One finished draw: (*shape) in physical units, its log weight, and what its batch cost."""
+    """One finished draw: (*shape) in physical units, its log weight, what its batch cost, and what the sampler told."""
 
     x: Tensor
     log_weight: Tensor | None
     calls: int
     vjps: int
+    extras: Mapping[str, Tensor]
 
 
 @final
@@ -119,13 +121,26 @@ class RunFolder:
                     f"{file} cannot be read; delete it to compute its draws again."
                 ) from error
             weights = torch.from_numpy(arrays["w"]) if "w" in arrays else None
+            extras = {
+                k.removeprefix(_EXTRA): torch.from_numpy(a)
+                for k, a in arrays.items()
+                if k.startswith(_EXTRA)
+            }
             for j, i in enumerate(ids):
                 if i < n:
-                    rows[i] = Row(x[j], None if weights is None else weights[j], calls, vjps)
+                    told = {name: values[j] for name, values in extras.items()}
+                    weight = None if weights is None else weights[j]
+                    rows[i] = Row(x[j], weight, calls, vjps, told)
         return rows
 
     def save(
-        self, ids: Sequence[int], x: Tensor, log_weights: Tensor | None, calls: int, vjps: int
+        self,
+        ids: Sequence[int],
+        x: Tensor,
+        log_weights: Tensor | None,
+        calls: int,
+        vjps: int,
+        extras: Mapping[str, Tensor],
     ) -> None:
         """Adds one finished batch, atomically."""
         arrays = {
@@ -135,6 +150,7 @@ class RunFolder:
         }
         if log_weights is not None:
             arrays["w"] = log_weights.numpy()
+        arrays |= {_EXTRA + name: values.numpy() for name, values in extras.items()}
         target = self.path / f"rows-{ids[0]:08d}-{ids[-1]:08d}.npz"
         partial = target.with_name(f".{target.name}.partial")
         with open(partial, "wb") as handle:

@@ -52,7 +52,8 @@ def sample(
         n: number of draws.
         sampler: the integrator.
         seed: of the draws; draw b depends on (seed, b) and not on its neighbours.
-        batch_size: draws computed together; None is all of them.
+        batch_size: draws computed together, rounded to whole groups of the sampler; None is all of
+            them.
         progress: a bar with the time left, on a terminal or in a notebook; nowhere else.
         checkpoint: a folder. Each finished batch is written to it, atomically, and the same call
             made again computes only what is missing. None writes nothing.
@@ -61,8 +62,8 @@ def sample(
         Samples: draws in physical units, on the CPU, (n, *shape), at least float32.
 
     Raises:
-        ValueError: n or batch_size not positive; n other than the rows of the data; a checkpoint
-            folder of another run.
+        ValueError: n or batch_size not positive; n other than the rows of the data or not whole groups
+            of the sampler; a checkpoint folder of another run.
         NonFiniteError: a state became infinite or NaN; names the step, sigma and the term at fault.
     """
     if n < 1 or (batch_size is not None and batch_size < 1):
@@ -73,16 +74,23 @@ def sample(
             f"sample(n={n}): the data have {rows} rows and entry b conditions draw b, so n must "
             f"be {rows}. Repeat rows for several draws of each, or pass data without a batch axis."
         )
+    group = sampler.group
+    if n % group:
+        raise ValueError(
+            f"sample(n={n}): {type(sampler).__name__} makes {group} draws together; n must be a multiple of that."
+        )
     info = describe(model, n, sampler, seed)
     store = None if checkpoint is None else RunFolder(checkpoint, info, model)
-    size = n if batch_size is None else min(batch_size, n)
+    size = n if batch_size is None else min(max(batch_size // group, 1) * group, n)
     done = {} if store is None else store.load(n)
-    missing = [i for i in range(n) if i not in done]
+    whole = [all(i in done for i in range(g, g + group)) for g in range(0, n, group)]
+    missing = [i for i in range(n) if not whole[i // group]]
     batches = [missing[i : i + size] for i in range(0, len(missing), size)]
 
     x: list[Tensor | None] = [done[i].x if i in done else None for i in range(n)]
     weights: list[Tensor | None] = [done[i].log_weight if i in done else None for i in range(n)]
     spent = [(done[i].calls, done[i].vjps) if i in done else (0, 0) for i in range(n)]
+    extras = [dict(done[i].extras) if i in done else {} for i in range(n)]
     with _bar(len(batches) * sampler.steps, progress) as advance:
         for batch in batches:
             ids = torch.tensor(batch, dtype=torch.int64)
@@ -90,12 +98,14 @@ def sample(
             state = _integrate(model.select(ids), sampler, seed, ids, counter, advance)
             result = model.to_physical(state.x).to("cpu")
             log_weights = None if state.log_weights is None else state.log_weights.to("cpu")
+            told = {name: values.to("cpu") for name, values in state.extras.items()}
             if store is not None:
-                store.save(batch, result, log_weights, counter.calls, counter.vjps)
+                store.save(batch, result, log_weights, counter.calls, counter.vjps, told)
             for row, i in enumerate(batch):
                 x[i] = result[row]
                 weights[i] = None if log_weights is None else log_weights[row]
                 spent[i] = (counter.calls, counter.vjps)
+                extras[i] = {name: values[row] for name, values in told.items()}
     known = [w for w in weights if w is not None]
     return Samples(
         x=torch.stack([row for row in x if row is not None]),
@@ -103,6 +113,7 @@ def sample(
         vjps=sum(vjps for _, vjps in spent) / n,
         log_weights=torch.stack(known) if known else None,
         info=info,
+        extras={name: torch.stack([row[name] for row in extras]) for name in extras[0]},
     )
 
 

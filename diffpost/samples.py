@@ -31,10 +31,11 @@ class Samples:
         vjps: products with the denoiser's Jacobian per draw; an average over batches where an
             iterative solve took a different number of iterations in each.
         log_weights: (n,) log importance weights up to a constant, or None for equal weights.
+        extras: what the sampler tells of every draw, by name, each (n, ...): see the samplers.
         info: what made the draws: seed, sampler, model, process, version; plain JSON values.
 
     Raises:
-        ValueError: no draws, or log_weights of another length.
+        ValueError: no draws, or log_weights or an extra of another length.
     """
 
     x: Tensor
@@ -42,6 +43,7 @@ class Samples:
     vjps: float = 0.0
     log_weights: Tensor | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.x.ndim < 1 or len(self.x) == 0:
@@ -53,6 +55,12 @@ class Samples:
                 f"Samples: log_weights {tuple(self.log_weights.shape)} for {len(self.x)} draws; "
                 f"expected ({len(self.x)},)."
             )
+        for name, values in self.extras.items():
+            if values.shape[:1] != (len(self.x),):
+                raise ValueError(
+                    f"Samples: the extra {name!r} has shape {tuple(values.shape)} for {len(self.x)} draws; "
+                    f"expected ({len(self.x)}, ...)."
+                )
 
     def __len__(self) -> int:
         return len(self.x)

@@ -1,6 +1,7 @@
 """The sampling loop: batches, checkpoints, counts, guard; and the draws that it returns."""
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -296,3 +297,52 @@ def test_chi2():
     assert abs(float(result.values.mean()) - 12) < 4 * error
     assert abs(float(chi2(Samples(truth + 0.5), like).values.mean()) - 24) < 4 * math.sqrt(72 / 200)
     assert abs(float(chi2(Samples(truth + 0.5), like).reduced.mean()) - 1) > 0.5
+
+
+@dataclass(frozen=True)
+class Pairs(DPMSolver):
+    """A sampler that makes draws two by two and tells something of each."""
+
+    @property
+    def group(self):
+        return 2
+
+    def step(self, model, state, t, s, noise):
+        state = super().step(model, state, t, s, noise)
+        size = state.x.flatten(1).norm(dim=1)
+        pair = size.reshape(-1, 2).sum(1).repeat_interleave(2)
+        return replace(state, extras={"size": size, "pair": pair})
+
+
+def test_groups_and_extras(tmp_path):
+    """Groups are never split, whatever the batches and interruptions, and what a sampler tells of a draw
+    stays with it in memory, in checkpoints and on disk.
+    """
+    posterior, sampler = problem(rows=6), Pairs(6, eta=1.0)
+    whole = sample(posterior, 6, sampler, seed=4, progress=False)
+    norms = whole.x.flatten(1).norm(dim=1)
+    torch.testing.assert_close(whole.extras["size"], norms)
+    torch.testing.assert_close(whole.extras["pair"][::2], norms[::2] + norms[1::2])
+    for size in (1, 3, 5):
+        folder = tmp_path / str(size)
+        split = sample(posterior, 6, sampler, 4, batch_size=size, progress=False, checkpoint=folder)
+        assert len(list(folder.glob("rows-*"))) == (2 if size == 5 else 3)
+        next(iter(folder.glob("rows-*"))).unlink()
+        again = sample(posterior, 6, sampler, 4, batch_size=4, progress=False, checkpoint=folder)
+        for name, values in whole.extras.items():
+            torch.testing.assert_close(split.extras[name], values, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(again.extras[name], values, rtol=1e-5, atol=1e-5)
+    whole.save(tmp_path / "draws.zarr")
+    assert torch.equal(Samples.load(tmp_path / "draws.zarr").extras["pair"], whole.extras["pair"])
+    with pytest.raises(ValueError, match="multiple"):
+        sample(problem(), 5, sampler, progress=False)
+    with pytest.raises(ValueError, match="'size'"):
+        Samples(whole.x, extras={"size": norms[:2]})
+
+
+def test_repeated_rows():
+    likelihood = problem(rows=3).likelihood.repeat(2)
+    assert likelihood.rows == 6
+    assert torch.equal(likelihood.y[::2], likelihood.y[1::2])
+    with pytest.raises(ValueError, match="repeat"):
+        problem().likelihood.repeat(2)

@@ -1,7 +1,7 @@
 """Samples on disk: one zarr (v3) group.
 
-The group holds ``x`` (n, *shape), one chunk a draw, ``log_weights`` (n,) if there are weights, and
-the attributes ``format`` ("diffpost-samples-1"), ``calls``, ``vjps`` and ``info``. It is written
+The group holds ``x`` (n, *shape), one chunk a draw, ``log_weights`` (n,) if there are weights, a group
+``extras`` of what the sampler told of every draw, and the attributes ``format`` ("diffpost-samples-1"), ``calls``, ``vjps`` and ``info``. It is written
 beside its destination and moved there when complete, so a store that exists is whole.
 """
 
@@ -37,6 +37,10 @@ def save_samples(samples: Samples, path: str | Path, overwrite: bool = False) ->
         group.create_array("x", data=x, chunks=(1, *x.shape[1:]))
         if samples.log_weights is not None:
             group.create_array("log_weights", data=samples.log_weights.detach().cpu().numpy())
+        if samples.extras:
+            extras = group.create_group("extras")
+            for name, values in samples.extras.items():
+                extras.create_array(name, data=values.detach().cpu().numpy())
         group.attrs.update(
             {
                 "format": FORMAT,
@@ -75,10 +79,13 @@ def load_samples(path: str | Path) -> Samples:
         )
     attrs = dict(group.attrs)
     weights = np.asarray(group["log_weights"][...]) if "log_weights" in group else None
+    extras = group.get("extras")
+    found = {} if not isinstance(extras, zarr.Group) else dict(extras.arrays())
     return Samples(
         x=torch.from_numpy(np.asarray(group["x"][...])),
         calls=int(attrs["calls"]),
         vjps=float(attrs["vjps"]),
         log_weights=None if weights is None else torch.from_numpy(weights),
         info=attrs["info"],
+        extras={name: torch.from_numpy(np.asarray(found[name][...])) for name in sorted(found)},
     )

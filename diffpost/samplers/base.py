@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,11 +47,13 @@ class State:
             the clean sample.
         history: (log nsr, denoiser output) of earlier levels, newest first, for multistep methods.
         log_weights: (B,) importance weights of particle methods, or None.
+        extras: what a sampler tells of every draw beside the draw, by name, each (B, ...).
     """
 
     x: Tensor
     history: tuple[tuple[float, Tensor], ...] = ()
     log_weights: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Sampler(ABC):
             raise ValueError(
                 f"{type(self).__name__}(steps={self.steps!r}): expected an integer of at least 2."
             )
+
+    @property
+    def group(self) -> int:
+        """Draws that are made together: n and every batch are whole groups of consecutive draws."""
+        return 1
 
     def times(self, sde: SDE) -> Tensor:
         """Times of the levels, (steps + 1,) float64 on the CPU, decreasing; the last is CLEAN."""
