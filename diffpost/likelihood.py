@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Protocol, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from diffpost.linalg import MatVec, SolveReport, cg, direct, filtered
+from diffpost.linalg import MatVec, Solver, SolveReport, cg, direct, filtered
 from diffpost.noise import BlockNoise, Noise
 from diffpost.operators.algebra import Stack, scaled_by
 from diffpost.operators.base import LinearOperator, Operator, Parameter, Shape, as_double, numel
@@ -34,21 +34,7 @@ from diffpost.structured import (
     structured_solve,
 )
 
-__all__ = ["Likelihood", "Solver"]
-
-
-class Solver(Protocol):
-    """An iterative solver such as :func:`diffpost.linalg.cg` or ``gmres``."""
-
-    def __call__(
-        self,
-        matvec: MatVec,
-        b: Tensor,
-        *,
-        tol: float,
-        max_iter: int,
-        precond: MatVec | None,
-    ) -> SolveReport: ...
+__all__ = ["Likelihood"]
 
 
 Solves = tuple[WhitenedSolve | None, WhitenedSolve | None]

@@ -17,12 +17,12 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-__all__ = ["ConvergenceWarning", "MatVec", "SolveReport", "cg", "filtered", "gmres"]
+__all__ = ["ConvergenceWarning", "MatVec", "SolveReport", "Solver", "cg", "filtered", "gmres"]
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -71,6 +71,20 @@ def direct(x: Tensor) -> SolveReport:
     """The report of a direct solve."""
     zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     return SolveReport(x, 0, zero, zero == 0)
+
+
+class Solver(Protocol):
+    """An iterative solver such as :func:`cg` or :func:`gmres`."""
+
+    def __call__(
+        self,
+        matvec: MatVec,
+        b: Tensor,
+        *,
+        tol: float,
+        max_iter: int,
+        precond: MatVec | None,
+    ) -> SolveReport: ...
 
 
 def cg(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from diffpost.guidance.base import per_entry, squared_nsr
-from diffpost.likelihood import Likelihood, Solver
-from diffpost.linalg import SolveReport, cg, filtered
+from diffpost.likelihood import Likelihood
+from diffpost.linalg import Solver, SolveReport, cg, filtered
 from diffpost.operators.base import LinearOperator
 from diffpost.score import ScoreModel
 from diffpost.sde import expand

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from diffpost.guidance.base import Guidance, tweedie_factor
 from diffpost.guidance.covariance import Covariance, CovarianceAt, IsotropicCovariance
-from diffpost.likelihood import Likelihood, Solver
-from diffpost.linalg import SolveReport, cg, filtered
+from diffpost.likelihood import Likelihood
+from diffpost.linalg import Solver, SolveReport, cg, filtered
 from diffpost.operators.base import LinearOperator
 from diffpost.score import ScoreModel
 
