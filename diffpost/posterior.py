@@ -79,6 +79,11 @@ class Posterior(ScoreModel):
         """
         return self.likelihood.rows if self.likelihood.rows is not None else self.prior.rows
 
+    @property
+    def data(self) -> Likelihood:
+        """The likelihood of an image in the prior's own units, as samplers see it."""
+        return self._pulled
+
     def select(self, ids: Tensor) -> Posterior:
         """The posterior of rows ids of the data; the same without a batch axis."""
         return self._like(

@@ -84,12 +84,12 @@ class DPMSolver(Sampler):
         later = -math.log(new)
         h = later - now
         rate = 1 + self.eta**2
-        moments = _moments(rate, h)
+        moments = moments(rate, h)
         base = math.exp(-rate * h) * u
         if self.eta > 0:
             base = base + new * math.sqrt(-math.expm1(-2 * self.eta**2 * h)) * noise(u)
         predicted = base
-        for weight, (_, value) in zip(_weights(history, moments), history, strict=True):
+        for weight, (_, value) in zip(multistep_weights(history, moments), history, strict=True):
             predicted = predicted + weight * value
         again = denoise_u(model, predicted, s, alpha)
         if self.corrector:
@@ -100,14 +100,14 @@ class DPMSolver(Sampler):
         return State(alpha * u, ((later, again), *history)[: self.order])
 
 
-def _moments(rate: float, h: float) -> tuple[float, float, float]:
+def moments(rate: float, h: float) -> tuple[float, float, float]:
     """int_0^h rate e^{-rate (h - r)} r^p dr for p = 0, 1, 2."""
     zeroth = -math.expm1(-rate * h)
     first = h - zeroth / rate
     return zeroth, first, h**2 - 2 * first / rate
 
 
-def _weights(
+def multistep_weights(
     history: tuple[tuple[float, Tensor], ...], moments: tuple[float, float, float]
 ) -> list[float]:
     """Weights of the stored outputs: the moments applied to their Lagrange polynomials in
