@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["measure"]
+__all__ = ["half_light_radius", "measure", "peak", "total_flux"]
 
 
 def measure(images: Tensor) -> dict[str, Tensor]:
@@ -37,19 +37,10 @@ def measure(images: Tensor) -> dict[str, Tensor]:
     ------
     ValueError: for another shape.
     """
-    if images.ndim == 4 and images.shape[1] == 1:
-        images = images[:, 0]
-    if images.ndim != 3:
-        raise ValueError(f"got images of shape {tuple(images.shape)}; expected (B, H, W)")
-    images = images.double()
-    y, x = (
-        torch.arange(n, dtype=torch.float64, device=images.device) - (n - 1) / 2
-        for n in images.shape[1:]
-    )
-    yc, xc = _centroid(images, y, x)
+    images = _planes(images)
+    yc, xc, y, x, edge = _apertures(images)
     dy, dx = y[None, :, None] - yc[:, None, None], x[None, None, :] - xc[:, None, None]
     radius = torch.hypot(dy, dx)
-    edge = torch.minimum(y[-1] - yc.abs(), x[-1] - xc.abs())
     r20, r50, r80 = _radii(images, radius, edge, (0.2, 0.5, 0.8))
     return {
         "size": r50,
@@ -57,6 +48,49 @@ def measure(images: Tensor) -> dict[str, Tensor]:
         "ellipticity": _ellipticity(images, dy, dx, radius, r50),
         "asymmetry": _asymmetry(images, radius, yc / y[-1], xc / x[-1], edge),
     }
+
+
+def total_flux(images: Tensor) -> Tensor:
+    """Sum of all pixels and channels: (B, ...) to (B,), float64."""
+    return images.flatten(1).sum(1, dtype=torch.float64)
+
+
+def peak(images: Tensor) -> Tensor:
+    """The brightest pixel: (B, ...) to (B,), float64."""
+    return images.flatten(1).amax(1).double()
+
+
+def half_light_radius(images: Tensor) -> Tensor:
+    """r50 alone, as `measure` has it: (B, H, W) or (B, 1, H, W) to (B,) pixels, float64.
+
+    NaN where the flux in the aperture is not positive.
+
+    Raises
+    ------
+    ValueError: for another shape.
+    """
+    images = _planes(images)
+    yc, xc, y, x, edge = _apertures(images)
+    radius = torch.hypot(y[None, :, None] - yc[:, None, None], x[None, None, :] - xc[:, None, None])
+    return _radii(images, radius, edge, (0.5,))[0]
+
+
+def _planes(images: Tensor) -> Tensor:
+    if images.ndim == 4 and images.shape[1] == 1:
+        images = images[:, 0]
+    if images.ndim != 3:
+        raise ValueError(f"got images of shape {tuple(images.shape)}; expected (B, H, W)")
+    return images.double()
+
+
+def _apertures(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Centroids yc, xc (B,), pixel coordinates y, x about the frame's centre, largest radii (B,)."""
+    y, x = (
+        torch.arange(n, dtype=torch.float64, device=images.device) - (n - 1) / 2
+        for n in images.shape[1:]
+    )
+    yc, xc = _centroid(images, y, x)
+    return yc, xc, y, x, torch.minimum(y[-1] - yc.abs(), x[-1] - xc.abs())
 
 
 def _centroid(images: Tensor, y: Tensor, x: Tensor, iterations: int = 30) -> tuple[Tensor, Tensor]:
