@@ -84,17 +84,17 @@ class DPMSolver(Sampler):
         later = -math.log(new)
         h = later - now
         rate = 1 + self.eta**2
-        moments = moments(rate, h)
+        integrals = moments(rate, h)
         base = math.exp(-rate * h) * u
         if self.eta > 0:
             base = base + new * math.sqrt(-math.expm1(-2 * self.eta**2 * h)) * noise(u)
         predicted = base
-        for weight, (_, value) in zip(multistep_weights(history, moments), history, strict=True):
+        for weight, (_, value) in zip(multistep_weights(history, integrals), history, strict=True):
             predicted = predicted + weight * value
         again = denoise_u(model, predicted, s, alpha)
         if self.corrector:
-            slope = moments[1] / h
-            u = base + (moments[0] - slope) * denoised + slope * again
+            slope = integrals[1] / h
+            u = base + (integrals[0] - slope) * denoised + slope * again
         else:
             u = predicted
         return State(alpha * u, ((later, again), *history)[: self.order])
