@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -46,10 +47,12 @@ class OutputFolder:
     """The destination of a job.
 
     path: the folder; it need not exist.
+    record: the file that a finished job has written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], record: str = "run.json") -> None:
         self.path = Path(path).resolve()
+        self.record = record
 
     @property
     def partial(self) -> Path:
@@ -58,7 +61,7 @@ class OutputFolder:
 
     @property
     def finished(self) -> bool:
-        return (self.path / "run.json").exists()
+        return (self.path / self.record).exists()
 
     @property
     def unfinished(self) -> bool:
@@ -110,7 +113,22 @@ class OutputFolder:
         return self.partial
 
     def write(self, result: DeconvolutionResult, record: dict[str, Any] | None = None) -> None:
-        """Write every product and move them into place.
+        """Write every product of a deconvolution and move them into place.
+
+        Raises
+        ------
+        OSError: the disk is full or not writable; finished draws and older results are untouched.
+        """
+
+        def fill(new: Path) -> None:
+            _write_products(result, new)
+            text = json.dumps(record or run_record(result), indent=2)
+            (new / self.record).write_text(text + "\n")
+
+        self.publish(fill)
+
+    def publish(self, fill: Callable[[Path], None]) -> None:
+        """Let `fill` write a new folder, the record last, and move it into place.
 
         Raises
         ------
@@ -120,9 +138,7 @@ class OutputFolder:
         new = self.path.with_name(f".{self.path.name}.new-{os.getpid()}")
         try:
             new.mkdir()
-            _write_products(result, new)
-            text = json.dumps(record or run_record(result), indent=2)
-            (new / "run.json").write_text(text + "\n")
+            fill(new)
             self._swap(new)
         except OSError as error:
             raise self.explain(error) from None
