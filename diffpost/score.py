@@ -397,6 +397,11 @@ class GaussianMixtureScore(_Analytic):
         self._centre = flat.mean(0)  # squares of differences from it cancel less
         self._offsets = flat - self._centre
 
+    @property
+    def variance(self) -> Tensor:
+        """Variances of the components, float64: (K, 1), or (K, d) over the flattened pixels."""
+        return self._var
+
     def __repr__(self) -> str:
         return f"GaussianMixtureScore({len(self.means)} of shape {self.shape}, sde={self.sde})"
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from diffpost.plot.figures import INK, new_figure, write
 
 if TYPE_CHECKING:
     from astropy.io.fits import Header
@@ -31,7 +32,7 @@ __all__ = ["image_grid", "summary"]
 Array = NDArray[np.float64]
 
 _FLUX, _SPREAD, _RESIDUAL = "magma", "viridis", "RdBu_r"
-_INK, _PAPER, _HATCH = "#1b1b1f", "white", "#9a9aa3"
+_HATCH = "#9a9aa3"
 
 
 def image_grid(
@@ -56,7 +57,7 @@ def image_grid(
     n = len(stack)
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    figure = _figure(1.6 * columns, 1.6 * rows + (0.25 * rows if titles else 0))
+    figure = new_figure(1.6 * columns, 1.6 * rows + (0.25 * rows if titles else 0))
     axes = figure.subplots(
         rows,
         columns,
@@ -74,8 +75,8 @@ def image_grid(
         norm = ImageNormalize(vmin=-softening * top, vmax=top, stretch=AsinhStretch(softening))
         ax.imshow(image, origin="lower", norm=norm, cmap=_FLUX, interpolation="nearest")
         if titles:
-            ax.set_title(titles[i], fontsize=8, color=_INK, pad=2)
-    _write(figure, path, dpi=110)
+            ax.set_title(titles[i], fontsize=8, color=INK, pad=2)
+    write(figure, path, dpi=110)
     return figure
 
 
@@ -124,7 +125,7 @@ def summary(
     norm = _norm(np.where(seen, data, np.nan), noise)
     model_norm = _norm(None, None, like=norm, factor=ratio**2)
 
-    figure = _figure(15.2, 9.0)
+    figure = new_figure(15.2, 9.0)
     grid = figure.add_gridspec(
         2, 4, left=0.014, right=0.986, top=0.875, bottom=0.018, wspace=0.045, hspace=0.225
     )
@@ -175,7 +176,7 @@ def summary(
         ax.set_xticks([])
         ax.set_yticks([])
         for side in ax.spines.values():
-            side.set_edgecolor(_INK)
+            side.set_edgecolor(INK)
             side.set_linewidth(0.8)
     if pixel_scale:
         _scale_bar(axes[0][0], pixel_scale / ratio, data.shape[1])
@@ -183,29 +184,14 @@ def summary(
     if header is not None:
         _compass(axes[0][1], header, mean.shape)
     if title:
-        figure.text(0.014, 0.962, title, fontsize=19, color=_INK, weight="bold", va="center")
+        figure.text(0.014, 0.962, title, fontsize=19, color=INK, weight="bold", va="center")
     if subtitle:
         figure.text(0.014, 0.924, subtitle, fontsize=11.5, color="#55555f", va="center")
-    _write(figure, path, dpi=130)
+    write(figure, path, dpi=130)
     return figure
 
 
 # Parts ----------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> Figure:
-    # A figure of its own, not pyplot's: no global state, and no display is needed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), facecolor=_PAPER)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _write(figure: Figure, path: str | os.PathLike[str] | None, dpi: int) -> None:
-    if path is not None:
-        figure.savefig(Path(path), dpi=dpi, facecolor=_PAPER)
 
 
 def _stack(images: Tensor) -> Array:
@@ -300,13 +286,13 @@ def _bar(
     values = _ticks(shown.norm) if ticks is None else ticks
     bar.set_ticks(values, labels=[f"{v:g}" for v in values])
     bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=8.5, length=2, colors=_INK, pad=2)
+    bar.ax.tick_params(labelsize=8.5, length=2, colors=INK, pad=2)
     bar.outline.set_linewidth(0.5)
     bar.set_label(label, fontsize=8.5, color="#55555f", labelpad=0.5)
 
 
 def _name(ax: Axes, name: str) -> None:
-    ax.set_title(name, fontsize=12, color=_INK, loc="left", pad=5)
+    ax.set_title(name, fontsize=12, color=INK, loc="left", pad=5)
 
 
 def _hatch(ax: Axes, masked: NDArray[np.bool_]) -> None:
