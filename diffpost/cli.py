@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.table import Table
 
 from diffpost.jobs import options
 from diffpost.jobs.options import Inference
+
+if TYPE_CHECKING:
+    from diffpost.jobs.outputs import OutputFolder
 
 __all__ = ["app", "main"]
 
@@ -39,6 +42,8 @@ app = typer.Typer(
         "minutes, into [i]diffpost-demo-spiral/[/i].\n\n"
         "[green]diffpost deconvolve galaxy.fits --psf star.fits --cutout 512,480,64 --out m51[/green]  "
         "does your own: [i]m51/summary.png[/i] is the picture, [i]m51/samples.fits[/i] the draws.\n\n"
+        "[green]diffpost calibrate --operator psf:1.5 --noise-std 0.03 --out check[/green]  tests whether the "
+        "draws' scatter may be believed, for your prior, PSF and noise.\n\n"
         "[green]diffpost info galaxies-64[/green]  says what the prior has seen and what it should not "
         "be used for."
     ),
@@ -199,6 +204,61 @@ def demo(
         )
 
 
+@app.command(
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "A prior of 32 x 32 pixels under a Gaussian PSF of 1.5 pixels, with the controls that show what the "
+        "tests would find:\n\n"
+        "[green]diffpost calibrate --prior galaxies-32 --operator psf:1.5 --noise-std 0.03 --controls "
+        "--out check[/green]\n\n"
+        "Your own PSF, binned by two, a fifth of the pixels lost, held-out images as truths:\n\n"
+        "[green]diffpost calibrate --prior runs/mine/prior --psf star.fits --operator bin:2,mask:0.2 "
+        "--noise-std 0.05 --truths heldout.npy --out mine[/green]\n\n"
+        "[i]check/report.html[/i] explains what was found; [i]check/verdict.json[/i] has the p-values."
+    )
+)
+def calibrate(
+    noise_std: options.ModelNoise,
+    out: options.RequiredOut,
+    operator: options.Operators = None,
+    psf: options.CalibrationPsf = None,
+    prior: options.Prior = options.SMALL_PRIOR,
+    size: options.ModelSize = None,
+    simulations: options.Simulations = options.SIMULATIONS,
+    samples: options.Draws = options.CALIBRATION_DRAWS,
+    truths: options.Truths = None,
+    truth_steps: options.TruthSteps = options.TRUTH_STEPS,
+    method: options.Method = options.RECOMMENDED,
+    steps: options.Steps = None,
+    controls: options.Controls = False,
+    level: options.Level = 0.05,
+    seed: options.Seed = 0,
+    batch_size: options.Batch = options.CALIBRATION_BATCH,
+    device: options.Device = "cpu",
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Test whether posterior draws are calibrated, on data simulated from known truths.
+
+    Truths are drawn from the prior, seen through the operator with noise, and each is compared with the
+    posterior draws that its data give: do error bars of 68% hold the truth in 68% of cases, at every level,
+    for the image, its flux, peak and size? Takes as long as simulations x samples draws; it can be
+    interrupted, and goes on with --resume.
+    """
+    given = dict(locals())
+    with _bad_input():
+        from diffpost.jobs.calibration import CalibrationPlan, run_calibration
+        from diffpost.jobs.outputs import OutputFolder
+
+        folder = OutputFolder(out, record="verdict.json")
+        folder.check(overwrite=overwrite, resume=resume)
+        places = ("out", "resume", "overwrite")
+        plan = CalibrationPlan(**{name: v for name, v in given.items() if name not in places})
+        arguments = {name: _plain(value) for name, value in given.items()}
+        with _keeping(folder):
+            run_calibration(plan, folder, _console(), sys.argv, arguments, resume=resume)
+
+
 @app.command()
 def info(
     prior: Annotated[str, typer.Argument(help="Name of a shipped prior, or a folder.")],
@@ -294,7 +354,7 @@ def _run(
     for note in setup.problem.notes:
         console.print(f"[dim]·[/dim] {escape(note)}")
     prepared = time.perf_counter() - start
-    try:
+    with _keeping(folder):
         checkpoint = folder.start(resume=inference.resume)
         result = solve(
             setup,
@@ -315,17 +375,24 @@ def _run(
             result, command=sys.argv, arguments=arguments, inputs=inputs, prior=inference.prior
         )
         folder.write(result, record)
+    report(console, result, folder.path)
+
+
+@contextlib.contextmanager
+def _keeping(folder: OutputFolder) -> Iterator[None]:
+    """A full disk or an interruption ends with what is kept, and how to go on from it."""
+    try:
+        yield
     except OSError as error:
         raise folder.explain(error) from None
     except KeyboardInterrupt:
-        kept = f"finished draws are kept in {folder.partial}"
+        kept = f"what is finished is kept in {folder.partial}"
         command = shlex.join(["diffpost", *(a for a in sys.argv[1:] if a != "--resume")])
         _console(stderr=True).print(
             f"\n[bold yellow]interrupted:[/bold yellow] {escape(kept)}; go on with\n  "
             f"{escape(command)} --resume"
         )
         raise typer.Exit(_INTERRUPTED) from None
-    report(console, result, folder.path)
 
 
 def _parse_cutout(text: str) -> tuple[float, float, int]:

@@ -1,4 +1,4 @@
-"""The options of `diffpost deconvolve` and `diffpost demo`, each told once."""
+"""The options of `diffpost deconvolve`, `diffpost demo` and `diffpost calibrate`, each told once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ __all__ = ["BATCH", "DRAWS", "PRIOR", "Inference"]
 
 PRIOR = "galaxies-64"
 DRAWS = 16
+SMALL_PRIOR = "galaxies-32"
+SIMULATIONS = 300
+CALIBRATION_DRAWS = 64
+CALIBRATION_BATCH = 64
+TRUTH_STEPS = 256
+RECOMMENDED = "recommended"
 BATCH = 4  # draws at once: more are not faster on a CPU, and a batch is what an interruption loses
 
 
@@ -33,7 +39,7 @@ def _option(*names: str, panel: str | None = None, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel=panel, **settings)
 
 
-# Both commands ----------------------------------------------------------------------------------
+# Every command -----------------------------------------------------------------------------------
 
 Out = Annotated[Path | None, _option("--out", "-o", help="Folder of the results.")]
 Prior = Annotated[str, _option(help="Name of a shipped prior, or a folder.", panel="Inference")]
@@ -155,3 +161,73 @@ Exptime = Annotated[
         help="Exposure time (s) for the Poisson noise of images in electrons/s.", panel="Noise"
     ),
 ]
+
+# calibrate --------------------------------------------------------------------------------------
+
+Operators = Annotated[
+    list[str] | None,
+    _option(
+        "--operator",
+        metavar="WORDS",
+        help="What the instrument does, in order: identity, psf:SIGMA (Gaussian, pixels), bin:K (sums), and "
+        "last mask:SHARE (of the data, lost at random), with commas between, or repeated.",
+        panel="Instrument",
+    ),
+]
+CalibrationPsf = Annotated[
+    Path | None,
+    _option(
+        "--psf",
+        help="FITS image of a star or a PSF at the prior's sampling, before --operator.",
+        panel="Instrument",
+    ),
+]
+ModelNoise = Annotated[
+    float,
+    _option(
+        "--noise-std",
+        help="Standard deviation of the noise of a datum, in units of the prior's scale: what its card calls "
+        "1 (for the shipped ones, about a galaxy's peak).",
+        show_default=False,
+        panel="Instrument",
+    ),
+]
+ModelSize = Annotated[
+    int | None,
+    _option(min=1, help="Width of the images; default: the prior's own.", panel="Simulations"),
+]
+Simulations = Annotated[int, _option(help="Truths, each with its own data.", panel="Simulations")]
+Truths = Annotated[
+    Path | None,
+    _option(
+        help="Folder or array file (.npy, .npz, HDF5, zarr) of true images of the prior's size, in its "
+        "physical units; default: drawn from the prior.",
+        show_default=False,
+        panel="Simulations",
+    ),
+]
+TruthSteps = Annotated[
+    int,
+    _option(min=2, help="Noise levels of the integrator that draws truths.", panel="Simulations"),
+]
+Method = Annotated[
+    str,
+    _option(
+        help="recommended (as deconvolve does), moment-matching (with the network's derivative), pigdm, dps "
+        "or convolved.",
+        panel="Inference",
+    ),
+]
+Controls = Annotated[
+    bool,
+    _option(
+        "--controls",
+        help="Also judge draws that are wrong on purpose: what would have been found?",
+        panel="Verdict",
+    ),
+]
+Level = Annotated[
+    float,
+    _option(help="Chance that exact draws are rejected, by all tests together.", panel="Verdict"),
+]
+Device = Annotated[str, _option(help="cpu or cuda.", panel="Inference")]

@@ -1,0 +1,359 @@
+r"""Simulated observations with known truths, and what is kept of their posterior draws.
+
+For simulation i a truth x_i comes from the prior (or from a collection), data y_i = A(x_i) + n_i from
+the truth, and M draws from the posterior of y_i.  Everything about i follows from (seed, i) alone, so
+neither the size of a batch nor an interruption changes it.  Of all the images only a few numbers stay:
+
+    fraction      credibility of the ball about a reference that reaches to the truth (TARP)
+    ranks         of the truth among its draws, in total flux, peak, half-light radius, and misfit
+                  chi^2 = |W (y - A x)|^2, which depends on the data as the others do not
+    truth, mean, std      of these statistics
+    error, spread         mean square of (truth - mean of the draws), mean variance of the draws
+
+and, if controls are asked for, fraction and ranks of draws that are wrong on purpose.  The reference is
+the estimate that a white prior of the brightness of the data would give, A^T (Sigma + s A A^T)^-1 y s,
+jittered: near the truth, so that a wrong width shows; far from every draw of the prior, so that the
+prior handed back is found out; and made from the data alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffpost import morphology
+from diffpost.diagnostics import ranks, tarp_fraction
+from diffpost.guidance import Guidance
+from diffpost.instrument import Counter
+from diffpost.io.images import ImageSource
+from diffpost.likelihood import Likelihood
+from diffpost.noise import Noise
+from diffpost.operator import Operator
+from diffpost.posterior import Posterior
+from diffpost.random import normal
+from diffpost.sample import _integrate, describe
+from diffpost.samplers import Sampler
+from diffpost.score import ScoreModel
+
+__all__ = ["CONTROLS", "MISFIT", "Experiment", "Statistic", "default_statistics"]
+
+Statistic = Callable[[Tensor], Tensor]
+Record = dict[str, Tensor]
+
+MISFIT = "misfit"
+CONTROLS = ("wider", "narrower", "shifted", "prior")
+WIDER, NARROWER, SHIFT = 1.2, 0.8, 0.3
+_JITTER = 0.5  # of the reference, in units of its own distance from the data's back-projection
+
+# What a seed is for: streams that never meet, whatever the integrators do with theirs.
+_TRUTH, _NOISE, _DRAWS, _REFERENCE, _TIES, _PRIOR, _ORDER = range(7)
+
+
+def default_statistics(shape: tuple[int, ...]) -> dict[str, Statistic]:
+    """Total flux and peak, and the half-light radius of images of one channel."""
+    found: dict[str, Statistic] = {"total flux": morphology.total_flux, "peak": morphology.peak}
+    if len(shape) == 3 and shape[0] == 1:
+        found["half-light radius"] = morphology.half_light_radius
+    return found
+
+
+@final
+@dataclass(frozen=True)
+class Experiment:
+    """What is simulated, and how its posterior is drawn.
+
+    prior: in the units of the data.
+    operator, noise: what the posterior assumes.
+    guidance, sampler: of the posterior.
+    samples: draws of each posterior.
+    truth_sampler: the finer integrator that draws truths from the prior.
+    truths: a collection of truths in physical units instead; None draws them.
+    statistics: name -> (B, *shape) to (B,).
+    seed: of everything.
+    batch_size: draws computed together.
+    controls: whether draws that are wrong on purpose are judged as well.
+    real_operator, real_noise: what the data are made with, where that differs from what is assumed.
+    """
+
+    prior: ScoreModel
+    operator: Operator
+    noise: Noise
+    guidance: Guidance
+    sampler: Sampler
+    samples: int
+    truth_sampler: Sampler
+    truths: ImageSource | Tensor | None
+    statistics: Mapping[str, Statistic]
+    seed: int
+    batch_size: int
+    controls: bool
+    real_operator: Operator
+    real_noise: Noise
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Statistics whose ranks are kept, the misfit last."""
+        return (*self.statistics, MISFIT)
+
+    @property
+    def block(self) -> int:
+        """Simulations computed together."""
+        return max(1, self.batch_size // self.samples)
+
+    @property
+    def chunks(self) -> int:
+        """Batches of draws in a block of one simulation."""
+        return len(range(0, self.samples, self._chunk))
+
+    @property
+    def _chunk(self) -> int:
+        group = self.sampler.group
+        return max(self.batch_size // group, 1) * group
+
+    # what identifies a run ----------------------------------------------------------------------
+
+    def posterior(self, y: Tensor | None = None) -> Posterior:
+        """The posterior of data (n, *data), n rows; of zeros without any, to tell runs apart."""
+        shape = self.operator.output_shape(tuple(self.prior.shape))
+        batched = y is not None
+        data = torch.zeros(shape, device=self.prior.device) if y is None else y
+        likelihood = Likelihood(data, self.operator, self.noise, batched=batched)
+        return Posterior(self.prior, likelihood, self.guidance)
+
+    def info(self) -> dict[str, Any]:
+        """What determines the numbers, as JSON values; the number of simulations does not."""
+        told = describe(self.posterior(), self.samples, self.sampler, self.seed)
+        fine = describe(self.prior, self.samples, self.truth_sampler, self.seed)
+        told |= {
+            "truth_sampler": [fine["sampler"], fine["sampler_arguments"]],
+            "truths": self._truths_hash(),
+            "statistics": list(self.names),
+            "controls": self.controls,
+        }
+        if self.real_operator is not self.operator or self.real_noise is not self.noise:
+            like = normal(self.seed, torch.zeros(1, dtype=torch.int64), 0, tuple(self.prior.shape))
+            seen = self._data(like.to(self.prior.device), [0])
+            told["real data"] = [f"{float(v):.4g}" for v in (seen.mean(), seen.square().mean())]
+        return told
+
+    def _truths_hash(self) -> str | None:
+        if self.truths is None:
+            return None
+        digest = hashlib.sha256(str(len(self.truths)).encode())
+        for i in range(len(self.truths)):
+            digest.update(np.ascontiguousarray(np.asarray(self.truths[i])).tobytes())
+        return digest.hexdigest()
+
+    # one block ----------------------------------------------------------------------------------
+
+    def simulate(
+        self, ids: Sequence[int], advance: Callable[[], None], pool: Tensor | None
+    ) -> tuple[Record, tuple[int, int]]:
+        """What is kept of simulations `ids`, each entry (n, ...); denoiser calls and VJPs of a draw.
+
+        advance: is called after every step of the posterior's integrator.
+        pool: (M, *shape) draws of the prior, for the controls.
+
+        Raises
+        ------
+        NonFiniteError: a draw became infinite or NaN.
+        """
+        truths = self.draw_truths(ids)
+        y = self._data(truths, ids)
+        posterior = self.posterior(y)
+        counter = Counter()
+        x, log_weights = self._draws(posterior, ids, counter, advance)
+        references = self._references(posterior.likelihood, ids)
+        kept: list[Record] = []
+        for row, i in enumerate(ids):
+            draws = x[row]
+            if log_weights is not None:
+                draws = draws[self._equal(log_weights[row], i)]
+            one = posterior.likelihood.select(torch.tensor([row]))
+            kept.append(self._judge(truths[row], draws, one, references[row], i, pool))
+        return {name: torch.stack([one[name] for one in kept]) for name in kept[0]}, (
+            math.ceil(counter.calls),
+            counter.vjps,
+        )
+
+    def draw_truths(self, ids: Sequence[int]) -> Tensor:
+        """(n, *shape) truths of these simulations, in physical units."""
+        if self.truths is None:
+            return self._prior_draws(ids, _TRUTH)
+        order = np.random.default_rng(_seed(self.seed, _ORDER)).permutation(len(self.truths))
+        rows = [torch.as_tensor(np.asarray(self.truths[int(order[i])])) for i in ids]
+        dtype = torch.promote_types(self.prior.dtype, torch.float32)
+        return torch.stack(rows).to(self.prior.device, dtype)
+
+    def prior_pool(self) -> Tensor:
+        """(M, *shape) draws of the prior, independent of every truth that it gave."""
+        rows = torch.arange(self.samples).split(self.batch_size)
+        return torch.cat([self._prior_draws(part.tolist(), _PRIOR) for part in rows])
+
+    def _prior_draws(self, ids: Sequence[int], purpose: int) -> Tensor:
+        numbers = torch.tensor(list(ids), dtype=torch.int64)
+        with torch.no_grad():
+            state = _integrate(
+                self.prior,
+                self.truth_sampler,
+                _seed(self.seed, purpose),
+                numbers,
+                Counter(),
+                lambda: None,
+            )
+        return self.prior.to_physical(state.x)
+
+    def _data(self, truths: Tensor, ids: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            clean = self.real_operator(truths)
+        shape = tuple(clean.shape[1:])
+        noise = [
+            self.real_noise.sample(shape, _seed(self.seed, _NOISE, i) >> 1, clean.dtype)
+            for i in ids
+        ]
+        return clean + torch.stack(noise).to(clean.device)
+
+    def _draws(
+        self,
+        posterior: Posterior,
+        ids: Sequence[int],
+        counter: Counter,
+        advance: Callable[[], None],
+    ) -> tuple[Tensor, Tensor | None]:
+        """(n, M, *shape) draws in physical units, and (n, M) log weights of particle methods."""
+        m = self.samples
+        rows = torch.arange(len(ids)).repeat_interleave(m)
+        # Draw k of simulation i has the number i M + k in the run, whatever it is computed with.
+        numbers = (torch.tensor(list(ids))[:, None] * m + torch.arange(m)).flatten()
+        seed = _seed(self.seed, _DRAWS)
+        size = self._chunk if len(ids) == 1 else len(rows)
+        x, weights = [], []
+        for part in torch.arange(len(rows)).split(size):
+            once = Counter()
+            with torch.no_grad():
+                state = _integrate(
+                    posterior.select(rows[part]), self.sampler, seed, numbers[part], once, advance
+                )
+            x.append(posterior.to_physical(state.x))
+            if state.log_weights is not None:
+                weights.append(state.log_weights)
+            counter.calls = max(counter.calls, once.calls)
+            counter.vjps = max(counter.vjps, once.vjps)
+        stacked = torch.cat(x).unflatten(0, (len(ids), m))
+        return stacked, torch.cat(weights).reshape(len(ids), m) if weights else None
+
+    def _equal(self, log_weights: Tensor, i: int) -> Tensor:
+        """Which draws stand for weighted ones, by systematic resampling: (M,) indices."""
+        share = torch.softmax(log_weights.double(), 0).cumsum(0)
+        start = np.random.default_rng(_seed(self.seed, _TIES, i)).uniform()
+        places = (torch.arange(self.samples, dtype=torch.float64) + start) / self.samples
+        found = torch.searchsorted(share, places.to(share.device))
+        return found.clamp_max(self.samples - 1)
+
+    def _references(self, likelihood: Likelihood, ids: Sequence[int]) -> Tensor:
+        """(n, *shape) points near the truths, made from the data and chance."""
+        y = likelihood.y
+        operator = likelihood.operator.linearize(
+            torch.zeros(len(y), *self.prior.shape, dtype=y.dtype, device=y.device)
+        )
+        z = torch.cat(
+            [
+                normal(_seed(self.seed, _REFERENCE), torch.tensor([i]), 0, tuple(self.prior.shape))
+                for i in ids
+            ]
+        ).to(y)
+        with torch.no_grad():
+            back = operator.adjoint(y)
+            seen = operator(back)
+            # The multiple of A^T y that comes nearest to the data, and its mean square as s.
+            ratio = back.flatten(1).square().sum(1) / seen.flatten(1).square().sum(1)
+            back = back * _wide(ratio, back)
+            s = back.flatten(1).square().mean(1)
+            solved = likelihood.solve_operator(operator, y, s.double(), tol=1e-4)
+            near = operator.adjoint(solved.x) * _wide(s, back)
+            off = (near - back).flatten(1).square().mean(1).sqrt()
+        return near + _JITTER * _wide(off, near) * z
+
+    # one simulation -----------------------------------------------------------------------------
+
+    def _judge(
+        self,
+        truth: Tensor,
+        draws: Tensor,
+        likelihood: Likelihood,
+        reference: Tensor,
+        i: int,
+        pool: Tensor | None,
+    ) -> Record:
+        mean = draws.mean(0)
+        wanted = self._values(truth[None], likelihood)
+        values = self._values(draws, likelihood)
+        record = {
+            "truth": wanted[0],
+            "mean": values.nanmean(0),
+            "std": (values - values.nanmean(0)).square().nanmean(0).sqrt(),
+            "error": (truth - mean).double().square().mean(),
+            "spread": draws.double().var(0).mean(),
+        }
+        record |= self._places("", truth, draws, wanted, values, reference, i)
+        if pool is not None:
+            std = draws.std(0)
+            wrong = {
+                "wider": lambda: mean + WIDER * (draws - mean),
+                "narrower": lambda: mean + NARROWER * (draws - mean),
+                "shifted": lambda: draws + SHIFT * std,
+                "prior": lambda: pool,
+            }
+            for name in CONTROLS:
+                others = wrong[name]()
+                found = self._values(others, likelihood)
+                record |= self._places(f"{name}.", truth, others, wanted, found, reference, i)
+        return {name: value.cpu() for name, value in record.items()}
+
+    def _places(
+        self,
+        prefix: str,
+        truth: Tensor,
+        draws: Tensor,
+        wanted: Tensor,
+        values: Tensor,
+        reference: Tensor,
+        i: int,
+    ) -> Record:
+        """Where the truth lies among the draws: the fraction of TARP, (), and ranks, (T,)."""
+        seed = _seed(self.seed, _TIES)
+        fraction = tarp_fraction(
+            draws[None], truth[None], reference[None], seed, ids=torch.tensor([i])
+        )
+        # A radius that is not defined counts as the least one, for the truth as for a draw.
+        low = -torch.inf
+        values, wanted = (_defined(v, low) for v in (values, wanted))
+        found = ranks(values[None], wanted, seed, ids=torch.tensor([i]))
+        return {f"{prefix}fraction": fraction[0], f"{prefix}ranks": found[0]}
+
+    def _values(self, images: Tensor, likelihood: Likelihood) -> Tensor:
+        """(B, T) statistics of images (B, *shape), the misfit last."""
+        with torch.no_grad():
+            found = [act(images).double() for act in self.statistics.values()]
+            found.append(likelihood.chi2(images).double())
+        return torch.stack([value.to(images.device) for value in found], 1)
+
+
+def _defined(values: Tensor, low: float) -> Tensor:
+    return torch.where(values.isnan(), low, values)
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _seed(seed: int, purpose: int, i: int = 0) -> int:
+    """A 64-bit seed for one purpose, and for one simulation."""
+    return int(np.random.SeedSequence([seed, purpose, i]).generate_state(1, np.uint64)[0])
