@@ -14,6 +14,9 @@ What a check needs, and what it cannot see by construction:
     needs one observation
         chi2, predictive_chi2    do the draws fit the data?  Hardly sees a wrong width.
         convergence              do chains agree?  Says nothing of where they have settled.
+    needs one observation, and held-out images once for a prior
+        misspecification         is the image like what the prior knows?  Blind to faint features,
+                        and to what the data do not show.
 
 p-values are uniform for exact posteriors unless a docstring says otherwise; those of the rank and
 coverage checks come from one test, :mod:`diffpost.diagnostics.uniformity`.
@@ -27,6 +30,13 @@ from diffpost.diagnostics.coverage import (
     hpd_coverage,
     hpd_fraction,
     tarp_fraction,
+)
+from diffpost.diagnostics.misspecification import (
+    HeldOutReference,
+    Misspecification,
+    heldout_reference,
+    misspecification,
+    reference_from_card,
 )
 from diffpost.diagnostics.mixtures import ModeWeights, mode_weights
 from diffpost.diagnostics.predictive import Chi2, PredictiveChi2, chi2, predictive_chi2
@@ -45,6 +55,8 @@ __all__ = [
     "Convergence",
     "Coverage",
     "Floor",
+    "HeldOutReference",
+    "Misspecification",
     "ModeWeights",
     "PQMass",
     "PredictiveChi2",
@@ -53,12 +65,15 @@ __all__ = [
     "convergence",
     "coverage",
     "coverage_from_fractions",
+    "heldout_reference",
     "hpd_coverage",
     "hpd_fraction",
+    "misspecification",
     "mode_weights",
     "pqmass",
     "predictive_chi2",
     "ranks",
+    "reference_from_card",
     "references_from_data",
     "sbc",
     "sbc_from_ranks",

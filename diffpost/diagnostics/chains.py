@@ -8,6 +8,7 @@ missed the same mode agree perfectly.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import final
 
@@ -56,7 +57,9 @@ def convergence(x: Tensor) -> Convergence:
     if not bool(x.isfinite().all()):
         raise ValueError("convergence: got values that are not finite; find the chain that failed.")
     try:
-        import arviz
+        with warnings.catch_warnings():  # of its next major version, which pyproject.toml excludes
+            warnings.simplefilter("ignore", FutureWarning)
+            import arviz
     except ImportError as error:
         raise ImportError(
             "convergence needs ArviZ: pip install 'diffpost[diagnostics]'."

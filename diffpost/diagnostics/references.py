@@ -6,15 +6,13 @@ regression on those,
 
     p_i = mean(x) + sum_j a_j K(y_j, y_i),     a = (K + lambda I)^-1 (x - mean(x)),     K = y y^T,
 
-a rough estimate of x_i from y_i, and the reference stands beside it at about the distance of its
-error e = x - p,
+a rough estimate of x_i from y_i, and the reference stands beside it at half its error e = x - p,
 
-    r_i = p_i + (e_0 |e_j|/|e_0| + e_j)/sqrt(2),
+    r_i = p_i + rms |e| e_0/(2 |e_0|),
 
-where e_0 and a random e_j are errors of earlier simulations. Near the estimate, the prior handed
-back is found out at once, and so is a wrong width; the offset e_0, the same for many, shows a bias,
-and e_j looks in all directions in which x varies. As each f_i is uniform whatever came before it,
-they are independent, as the test wants them.
+always on the side of the same earlier error e_0, which lies where x varies. Near the estimate the
+prior handed back is found out at once and a wrong width soon; the offset shows a bias. As each f_i
+is uniform whatever came before it, they are independent, as the test wants them.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ def references_from_data(data: Tensor, truths: Tensor, seed: int = 0) -> Tensor:
     Args:
         data: (sims, *data), of any shape; values that are not finite count as 0.
         truths: (sims, *shape), in the order of the data.
-        seed: of the projection and of the choice of e_j.
+        seed: of the projection.
 
     Raises:
         ValueError: numbers of data and truths differ, or a truth is not finite.
@@ -62,11 +60,8 @@ def references_from_data(data: Tensor, truths: Tensor, seed: int = 0) -> Tensor:
     while start < n:
         stop = min(2 * start, n)
         guess, errors = _regress(x[:start], y[:start], y[start:stop])
-        length = errors.norm(dim=1)
-        pick = torch.randint(1, start, (stop - start,), generator=generator)
-        fixed = errors[0] / length[0].clamp_min(1e-300)
-        offset = fixed * length[pick][:, None] + errors[pick]
-        out[start:stop] = guess + offset / math.sqrt(2)
+        length = float(errors.square().sum(1).mean().sqrt())
+        out[start:stop] = guess + 0.5 * length * errors[0] / errors[0].norm().clamp_min(1e-300)
         start = stop
     return out.reshape(truths.shape).to(truths)
 
