@@ -65,7 +65,7 @@ def ecdf_band(grid: Array, n: int, level: float = 0.95) -> Array:
     return np.stack([low, high]) / n
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _tails(n: int, grid: tuple[float, ...]) -> tuple[Array, Array]:
     """P(C <= c) and P(C >= c) at each point for c = 0...n: (G, n + 1) each."""
     c, z = np.arange(n + 1), np.asarray(grid)[:, None]
