@@ -99,7 +99,7 @@ class HeldOutReference:
         finite = all(
             bool(v.isfinite().all()) for v in (self.coefficients, self.scatter, self.statistics)
         )
-        if not finite or not bool((self.scatter > 0).all()) or not self.brightness[1] > 0:
+        if not finite or not bool((self.scatter > 0).all()) or not self.brightness[1] > 1e-9:
             raise ValueError(
                 "HeldOutReference: expected finite numbers and positive scatters; are the images all the same?"
             )
