@@ -39,11 +39,14 @@ from diffpost.operator import (
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
 from diffpost.samplers import (
+    MALA,
     DPMSolver,
     EulerMaruyama,
     Heun,
+    Langevin,
     PredictorCorrector,
     Sampler,
+    SplitGibbs,
 )
 from diffpost.samples import Samples
 from diffpost.score import GaussianMixtureScore, GaussianScore, ScoreModel
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DPS",
     "EDM",
+    "MALA",
     "SDE",
     "TSVE",
     "VE",
@@ -77,6 +81,7 @@ __all__ = [
     "Heun",
     "Identity",
     "IsotropicCovariance",
+    "Langevin",
     "Likelihood",
     "LinearOperator",
     "LocalCovariance",
@@ -93,6 +98,7 @@ __all__ = [
     "Samples",
     "ScoreModel",
     "SpectralCovariance",
+    "SplitGibbs",
     "Stack",
     "__version__",
     "chi2",

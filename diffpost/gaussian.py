@@ -49,7 +49,7 @@ class Independent:
         self.std = std
         gone = std.isinf()
         self.masked = gone if bool(gone.any()) else None
-        self._inverse = Parameter(std.reciprocal())
+        self._std, self._inverse = Parameter(std), Parameter(std.reciprocal())
         self._gone = Parameter(gone)
         self._memo = Memo(4)
         flat = std.ndim == 0 or bool(
@@ -78,7 +78,12 @@ class Independent:
 
     def color(self, z: Tensor) -> Tensor:
         self.check(tuple(z.shape))
-        return torch.where(self.std.isinf(), 0.0, self.std.to(z.device) * z)
+        coloured = z * self._std.like(z)
+        return (
+            coloured
+            if self.masked is None
+            else coloured.masked_fill(self._gone.value.to(z.device), 0.0)
+        )
 
     def log_normalisation(self, r: Tensor) -> Tensor:
         """-(m log 2 pi + log det Sigma)/2, () or (B,), in float64."""

@@ -4,6 +4,7 @@ finite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -18,15 +19,26 @@ from diffpost.score import ScoreModel
 @final
 @dataclass
 class Counter:
-    """Batched evaluations of a denoiser, which is evaluations per draw.
+    """Evaluations of a denoiser for each draw.
 
     Attributes:
+        draws: in the batch; a call on k times as many images counts k times. 0 counts every call once.
         calls: of the denoiser or the score.
         vjps: products with its Jacobian, transposed or not.
     """
 
-    calls: int = 0
+    draws: int = 0
+    calls: float = 0
     vjps: int = 0
+
+    def evaluated(self, x: Tensor) -> None:
+        """Adds a call on x (B, ...)."""
+        self.calls += len(x) / self.draws if self.draws else 1
+
+    @property
+    def per_draw(self) -> int:
+        """The calls, rounded up: where only some entries of a batch need one, it is a fraction."""
+        return math.ceil(self.calls - 1e-6)
 
 
 class NonFiniteError(FloatingPointError):
@@ -85,20 +97,20 @@ class Counted(_Wrapped):
         self.counter = counter
 
     def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        self.counter.calls += 1
+        self.counter.evaluated(x)
         return self.inner.denoise(x, t)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
-        self.counter.calls += 1
+        self.counter.evaluated(x)
         return self.inner.score(x, t)
 
     def denoise_vjp(self, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        self.counter.calls += 1
+        self.counter.evaluated(x)
         denoised, product = self.inner.denoise_vjp(x, t)
         return denoised, self._count(product)
 
     def denoise_jvp(self, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        self.counter.calls += 1
+        self.counter.evaluated(x)
         denoised, product = self.inner.denoise_jvp(x, t)
         return denoised, self._count(product)
 

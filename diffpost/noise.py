@@ -78,6 +78,10 @@ class Noise(ABC):
         """W^T v, shaped as v."""
         raise NotImplementedError(f"{self!r} has no covariance to whiten by.")
 
+    def color(self, z: Tensor) -> Tensor:
+        """A root of Sigma times z, shaped as z: a draw of the noise for standard normals z, 0 where masked."""
+        raise NotImplementedError(f"{self!r} has no covariance to colour by.")
+
     def precision(self, r: Tensor) -> Tensor:
         """Sigma^-1 r, 0 where masked."""
         return self.whiten_adjoint(self.whiten(r))
@@ -196,6 +200,9 @@ class GaussianNoise(Noise):
     def whiten_adjoint(self, v: Tensor) -> Tensor:
         return self._model.whiten_adjoint(v)
 
+    def color(self, z: Tensor) -> Tensor:
+        return self._model.color(z)
+
     def score(self, r: Tensor) -> Tensor:
         return -self.precision(r)
 
@@ -289,6 +296,9 @@ class BlockNoise(Noise):
 
     def whiten_adjoint(self, v: Tensor) -> Tensor:
         return self._each(v, lambda noise, part: noise.whiten_adjoint(part))
+
+    def color(self, z: Tensor) -> Tensor:
+        return self._each(z, lambda noise, part: noise.color(part))
 
     def precision(self, r: Tensor) -> Tensor:
         return self._each(r, lambda noise, part: noise.precision(part))

@@ -91,20 +91,20 @@ def sample(
     weights: list[Tensor | None] = [done[i].log_weight if i in done else None for i in range(n)]
     spent = [(done[i].calls, done[i].vjps) if i in done else (0, 0) for i in range(n)]
     extras = [dict(done[i].extras) if i in done else {} for i in range(n)]
-    with _bar(len(batches) * sampler.steps, progress) as advance:
+    with _bar(len(batches) * (len(sampler.times(model.sde)) - 1), progress) as advance:
         for batch in batches:
             ids = torch.tensor(batch, dtype=torch.int64)
-            counter = Counter()
+            counter = Counter(len(ids))
             state = _integrate(model.select(ids), sampler, seed, ids, counter, advance)
             result = model.to_physical(state.x).to("cpu")
             log_weights = None if state.log_weights is None else state.log_weights.to("cpu")
             told = {name: values.to("cpu") for name, values in state.extras.items()}
             if store is not None:
-                store.save(batch, result, log_weights, counter.calls, counter.vjps, told)
+                store.save(batch, result, log_weights, counter.per_draw, counter.vjps, told)
             for row, i in enumerate(batch):
                 x[i] = result[row]
                 weights[i] = None if log_weights is None else log_weights[row]
-                spent[i] = (counter.calls, counter.vjps)
+                spent[i] = (counter.per_draw, counter.vjps)
                 extras[i] = {name: values[row] for name, values in told.items()}
     known = [w for w in weights if w is not None]
     return Samples(
@@ -160,10 +160,11 @@ def _integrate(
     every = 1 if state.x.device.type == "cpu" else GUARD_INTERVAL
     last_good, start = state, 0
     finite = torch.isfinite(state.x).all()
-    for i in range(sampler.steps):
+    steps = len(times) - 1
+    for i in range(steps):
         state = sampler.step(watched, state, times[i], times[i + 1], noise.at(i + 1))
         finite = finite & torch.isfinite(state.x).all()
-        if (i + 1) % every == 0 or i + 1 == sampler.steps:
+        if (i + 1) % every == 0 or i + 1 == steps:
             if not bool(finite):
                 _blame(model, sampler, last_good, start, times, noise, ids)
             last_good, start = state, i + 1
@@ -181,7 +182,8 @@ def _blame(
     ids: Tensor,
 ) -> None:
     """Replays from the last finite state and raises with the step, sigma and the term at fault."""
-    for i in range(start, sampler.steps):
+    steps = len(times) - 1
+    for i in range(start, steps):
         probe = Probe(model)
         t = times[i]
         term = None
@@ -198,7 +200,7 @@ def _blame(
             names = ids[bad.cpu()].tolist()
             listed = ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
             raise NonFiniteError(
-                f"Non-finite state at step {i + 1} of {sampler.steps}, sigma = "
+                f"Non-finite state at step {i + 1} of {steps}, sigma = "
                 f"{float(model.sde.sigma(t)):.4g} (t = {float(t):.4g}), draws {listed}: it comes "
                 f"from {term}. Check the data and the noise, or take more steps if a guidance "
                 "diverges.",
@@ -207,7 +209,7 @@ def _blame(
                 entries=bad,
             )
     raise NonFiniteError(
-        f"Non-finite state in steps {start + 1} to {sampler.steps} that a replay did not "
+        f"Non-finite state in steps {start + 1} to {steps} that a replay did not "
         "reproduce: the model is not deterministic.",
         term="unknown",
         t=times[start],
