@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,11 +66,12 @@ def convergence(x: Tensor) -> Convergence:
             "convergence needs ArviZ: pip install 'diffpost[diagnostics]'."
         ) from error
     data = arviz.convert_to_dataset({"x": x.numpy()})
-    found = [
-        arviz.rhat(data)["x"],
-        arviz.ess(data, method="bulk")["x"],
-        arviz.ess(data, method="tail")["x"],
-    ]
+    with np.errstate(invalid="ignore", divide="ignore"):  # of entries that never change
+        found = [
+            arviz.rhat(data)["x"],
+            arviz.ess(data, method="bulk")["x"],
+            arviz.ess(data, method="tail")["x"],
+        ]
     rhat, ess, tail = (torch.from_numpy(v.to_numpy().reshape(x.shape[2:]).copy()) for v in found)
     same = (x == x[:1, :1]).flatten(0, 1).all(0)  # ArviZ calls a constant converged
     rhat, ess, tail = (v.masked_fill(same, torch.nan) for v in (rhat, ess, tail))

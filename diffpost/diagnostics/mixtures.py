@@ -20,7 +20,7 @@ from diffpost.score import GaussianMixtureScore
 
 __all__ = ["ModeWeights", "mode_weights"]
 
-_LEAST = 1e-12
+_LEAST = 1e-3
 
 
 @final
@@ -97,9 +97,11 @@ def mode_weights(
             "(K, *shape), all finite."
         )
     weights = weights / weights.sum()
-    # The floor lets a draw that sits on a mode of weight 0 be counted there, not hidden elsewhere.
+    # The floor lets a draw that sits on a mode of weight 0 be counted there, not hidden elsewhere;
+    # it takes a draw of the mixture there with probability 1e-3 in all.
     logits = (
-        _log_density(x.flatten(1), means.flatten(1), variance) + weights.clamp_min(_LEAST).log()
+        _log_density(x.flatten(1), means.flatten(1), variance)
+        + weights.clamp_min(_LEAST / len(x) / k).log()
     )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
