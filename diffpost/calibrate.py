@@ -352,10 +352,10 @@ def _run(
     done: dict[int, dict[str, Tensor]] = {}
     spent: dict[int, tuple[int, int]] = {}
     if checkpoint is not None:
-        store = RunFolder(checkpoint, experiment.info(), experiment.posterior())
-        for i, row in store.load(simulations).items():
-            done[i] = {"truth": row.x, **row.extras}
-            spent[i] = (row.calls, row.vjps)
+        store = RunFolder(Path(checkpoint), experiment.info(), experiment.posterior())
+        for i, found in store.load(simulations).items():
+            done[i] = {"truth": found.x, **found.extras}
+            spent[i] = (found.calls, found.vjps)
     missing = [i for i in range(simulations) if i not in done]
     blocks = list(_blocks(missing, experiment.block))
     pool = experiment.prior_pool() if experiment.controls and blocks else None

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffpost.morphology import measure
+from diffpost.morphology import half_light_radius, measure, peak, total_flux
 
 
 def gaussian(sigma, q=1.0, centre=(0.0, 0.0), n=65):
@@ -46,3 +46,16 @@ def test_asymmetry_sees_a_lopsided_galaxy():
 def test_wrong_shape():
     with pytest.raises(ValueError, match="expected \\(B, H, W\\)"):
         measure(torch.zeros(2, 3, 8, 8))
+
+
+def test_the_half_light_radius_alone_is_that_of_all():
+    images = torch.cat([gaussian(5.0, 0.6), gaussian(3.0, centre=(2.3, -3.4)), -gaussian(4.0)])
+    assert torch.equal(half_light_radius(images[:, None]), measure(images)["size"])
+    with pytest.raises(ValueError, match="expected"):
+        half_light_radius(images[0])
+
+
+def test_flux_and_peak_are_those_of_the_pixels():
+    images = torch.arange(24.0).reshape(2, 1, 3, 4)
+    assert total_flux(images).tolist() == [66.0, 210.0]
+    assert peak(images).tolist() == [11.0, 23.0]

@@ -91,7 +91,7 @@ def run_calibration(
         raise ValueError(f"got --noise-std {plan.noise_std:g}; expected a positive number")
     if not 0 < plan.level < 1:
         raise ValueError(f"got --level {plan.level:g}; expected a number between 0 and 1")
-    prior = load(load_prior(plan.prior, device=plan.device))
+    prior = load(load_prior(plan.prior, device=_device(plan.device)))
     if plan.size is not None:
         prior = prior.with_shape((1, plan.size, plan.size))
     instrument = read_operator(
@@ -135,6 +135,15 @@ def run_calibration(
     )
     tell(console, result, folder.path)
     return result
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # how torch tells that it has no such device
+        raise ValueError(f"cannot compute on --device {name!r}; expected cpu, or cuda") from error
+    return device
 
 
 def tell(console: Console, result: Calibration, path: Path) -> None:

@@ -13,6 +13,7 @@ import base64
 import json
 import math
 import platform
+import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from html import escape
@@ -68,7 +69,7 @@ def write_calibration(
     pictures = {"coverage.png": folder / "coverage.png", "ranks.png": folder / "ranks.png"}
     plot.coverage(result.coverage, path=pictures["coverage.png"])
     plot.ranks(result.ranks, names=list(result.experiment.names), path=pictures["ranks.png"])
-    arrays = {name: values.numpy() for name, values in result.record.items()}
+    arrays: dict[str, Any] = {name: values.numpy() for name, values in result.record.items()}
     np.savez(folder / "simulations.npz", **arrays)
     record = verdict(
         result,
@@ -130,7 +131,7 @@ def verdict(
             "sha256": prior_hash(run.prior),
             "shape": list(run.prior.shape),
         },
-        "truths": "drawn from the prior" if run.truths is None else run.info()["truths"],
+        "truths": "drawn from the prior" if run.truths is None else run.truths_hash(),
         "truth_sampler": repr(run.truth_sampler) if run.truths is None else None,
         "operator": {"repr": repr(run.operator), "words": list(operator)},
         "noise": repr(run.noise),
@@ -179,7 +180,7 @@ table{border-collapse:collapse;width:100%;margin:.5rem 0}th,td{text-align:left;v
 padding:.3rem .8rem .3rem 0;border-bottom:1px solid #ddd}th{font-weight:600}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .no{color:#b3261e;font-weight:600}.dim{color:#5f5f68}figure{margin:1rem 0}img{max-width:100%}
-figcaption{color:#5f5f68;font-size:.92rem}code,pre{font-size:.9rem}pre{white-space:pre-wrap;
+figcaption{color:#5f5f68;font-size:.92em}code,pre{font-size:.88em}pre{white-space:pre-wrap;
 background:#f5f5f7;padding:.6rem}
 @media print{body{margin:0;font-size:12px}}
 """
@@ -200,16 +201,18 @@ def html_page(record: dict[str, Any], images: dict[str, bytes]) -> str:
         _figure(
             images["coverage.png"],
             "Expected coverage",
-            "Credibility that a region claims, and the share of simulations whose truth it holds. Exact draws "
-            "follow the diagonal and stay in the band. A curve shaped like an S that starts below the "
-            "diagonal belongs to draws that are too wide, one that starts above it to draws that are too "
-            "narrow; a curve on one side, to draws on the wrong side of the truth.",
+            "Credibility that a region claims, and the share of simulations whose truth it holds. The regions are "
+            "balls about a point near the truth that is made from the data alone. Exact draws follow the diagonal "
+            "and stay in the grey band. A curve above it: the draws lie farther out than the truths, being too "
+            "wide, displaced, or deaf to the data. Below it: they lie closer in than the truths, being too "
+            "narrow.",
         ),
         _figure(
             images["ranks.png"],
             "Ranks of the truths among their draws",
             "Flat where calibrated. A heap in the middle: error bars too large. Heaps at both ends: too small. "
-            "A slope: the draws are too high (truths at low ranks) or too low.",
+            "A slope: the draws are too high (truths at low ranks) or too low. Of the misfit: at low ranks the draws "
+            "fit worse than the truth, at high ranks they fit the noise.",
         ),
         "<h2>How large is what is wrong</h2>",
         _sizes(record),
@@ -256,9 +259,8 @@ def _headline(record: dict[str, Any]) -> str:
 def _setup(record: dict[str, Any]) -> str:
     own = record["truths"] == "drawn from the prior"
     height, width = record["prior"]["shape"][-2:]
-    sampler = escape(str(record["truth_sampler"]))
     origin = (
-        f"draws of the prior itself, by a finer integrator (<code>{sampler}</code>)"
+        f"draws of the prior itself, by a finer integrator ({_code(str(record['truth_sampler']))})"
         if own
         else "images that were given (--truths), not draws of the prior"
     )
@@ -272,10 +274,10 @@ def _setup(record: dict[str, Any]) -> str:
         ("truths", origin),
         ("prior", f"{escape(record['prior']['name'])}, {width} × {height} pixels"),
         ("instrument", escape(words)),
-        ("noise", f"<code>{escape(record['noise'])}</code>"),
+        ("noise", _noise(record)),
         (
             "method",
-            f"<code>{escape(record['guidance'])}</code>, <code>{escape(record['sampler'])}</code>, "
+            f"{_code(record['guidance'])}, {_code(record['sampler'])}, "
             f"{record['calls_per_draw']} network evaluations a draw",
         ),
     ]
@@ -285,6 +287,15 @@ def _setup(record: dict[str, Any]) -> str:
                 (f"true {name}", f"<code>{escape(record[key])}</code>, not what was assumed")
             )
     return intro + _table([f"<th>{a}</th><td>{b}</td>" for a, b in rows])
+
+
+def _noise(record: dict[str, Any]) -> str:
+    std = record["arguments"].get("noise_std")
+    return (
+        _code(record["noise"])
+        if std is None
+        else f"white, standard deviation {std:g} in units of the prior's scale"
+    )
 
 
 def _tests(record: dict[str, Any]) -> str:
@@ -385,7 +396,7 @@ def _blind(record: dict[str, Any]) -> str:
         items.insert(
             1,
             f"Errors that truths and draws share: both come from the same network, the truths by "
-            f"<code>{escape(str(record['truth_sampler']))}</code>.",
+            f"{_code(str(record['truth_sampler']))}.",
         )
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
@@ -416,7 +427,14 @@ def _figure(image: bytes, name: str, text: str) -> str:
     )
 
 
+def _code(text: str) -> str:
+    """An object's description without the settings that were left alone."""
+    return f"<code>{escape(re.sub(r'(, )?[a-z_]+=None', '', text))}</code>"
+
+
 def _p(value: float) -> str:
+    if value < 1e-12:
+        return "< 1e-12"
     return f"{value:.1e}" if value < 1e-3 else f"{value:.2g}"
 
 

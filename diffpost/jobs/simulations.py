@@ -133,7 +133,7 @@ class Experiment:
         fine = describe(self.prior, self.samples, self.truth_sampler, self.seed)
         told |= {
             "truth_sampler": [fine["sampler"], fine["sampler_arguments"]],
-            "truths": self._truths_hash(),
+            "truths": self.truths_hash(),
             "statistics": list(self.names),
             "controls": self.controls,
         }
@@ -143,12 +143,13 @@ class Experiment:
             told["real data"] = [f"{float(v):.4g}" for v in (seen.mean(), seen.square().mean())]
         return told
 
-    def _truths_hash(self) -> str | None:
+    def truths_hash(self) -> str | None:
+        """SHA-256 of the truths that were given."""
         if self.truths is None:
             return None
         digest = hashlib.sha256(str(len(self.truths)).encode())
         for i in range(len(self.truths)):
-            digest.update(np.ascontiguousarray(np.asarray(self.truths[i])).tobytes())
+            digest.update(_image(self.truths[i]).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     # one block ----------------------------------------------------------------------------------
@@ -170,25 +171,19 @@ class Experiment:
         posterior = self.posterior(y)
         counter = Counter()
         x, log_weights = self._draws(posterior, ids, counter, advance)
-        references = self._references(posterior.likelihood, ids)
-        kept: list[Record] = []
-        for row, i in enumerate(ids):
-            draws = x[row]
-            if log_weights is not None:
-                draws = draws[self._equal(log_weights[row], i)]
-            one = posterior.likelihood.select(torch.tensor([row]))
-            kept.append(self._judge(truths[row], draws, one, references[row], i, pool))
-        return {name: torch.stack([one[name] for one in kept]) for name in kept[0]}, (
-            math.ceil(counter.calls),
-            counter.vjps,
-        )
+        if log_weights is not None:
+            chosen = [self._equal(log_weights[row], i) for row, i in enumerate(ids)]
+            x = torch.stack([x[row, index] for row, index in enumerate(chosen)])
+        record = self._judge(truths, x, posterior.likelihood, ids, pool)
+        cost = math.ceil(counter.calls), counter.vjps
+        return {name: values.cpu() for name, values in record.items()}, cost
 
     def draw_truths(self, ids: Sequence[int]) -> Tensor:
         """(n, *shape) truths of these simulations, in physical units."""
         if self.truths is None:
             return self._prior_draws(ids, _TRUTH)
         order = np.random.default_rng(_seed(self.seed, _ORDER)).permutation(len(self.truths))
-        rows = [torch.as_tensor(np.asarray(self.truths[int(order[i])])) for i in ids]
+        rows = [_image(self.truths[int(order[i])]) for i in ids]
         dtype = torch.promote_types(self.prior.dtype, torch.float32)
         return torch.stack(rows).to(self.prior.device, dtype)
 
@@ -281,73 +276,66 @@ class Experiment:
             off = (near - back).flatten(1).square().mean(1).sqrt()
         return near + _JITTER * _wide(off, near) * z
 
-    # one simulation -----------------------------------------------------------------------------
+    # what stays ---------------------------------------------------------------------------------
 
     def _judge(
         self,
-        truth: Tensor,
-        draws: Tensor,
+        truths: Tensor,
+        x: Tensor,
         likelihood: Likelihood,
-        reference: Tensor,
-        i: int,
+        ids: Sequence[int],
         pool: Tensor | None,
     ) -> Record:
-        mean = draws.mean(0)
-        wanted = self._values(truth[None], likelihood)
-        values = self._values(draws, likelihood)
+        """The record of n simulations: truths (n, *shape), draws x (n, M, *shape), data of n rows."""
+        references = self._references(likelihood, ids)
+        mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+        wanted = self._values(truths[:, None], likelihood)[:, 0]
+        seed, numbers = _seed(self.seed, _TIES), torch.tensor(list(ids))
+
+        def places(prefix: str, draws: Tensor, values: Tensor) -> Record:
+            fraction = tarp_fraction(draws, truths, references, seed, ids=numbers)
+            found = ranks(_defined(values), _defined(wanted), seed, ids=numbers)
+            return {f"{prefix}fraction": fraction, f"{prefix}ranks": found}
+
+        values = self._values(x, likelihood)
+        middle = values.nanmean(1, keepdim=True)
         record = {
-            "truth": wanted[0],
-            "mean": values.nanmean(0),
-            "std": (values - values.nanmean(0)).square().nanmean(0).sqrt(),
-            "error": (truth - mean).double().square().mean(),
-            "spread": draws.double().var(0).mean(),
+            "truth": wanted,
+            "mean": middle[:, 0],
+            "std": (values - middle).square().nanmean(1).sqrt()
+            * (self.samples / (self.samples - 1)) ** 0.5,
+            "error": (truths - mean[:, 0]).double().square().flatten(1).mean(1),
+            "spread": std.double().square().flatten(1).mean(1),
         }
-        record |= self._places("", truth, draws, wanted, values, reference, i)
+        record |= places("", x, values)
         if pool is not None:
-            std = draws.std(0)
             wrong = {
-                "wider": lambda: mean + WIDER * (draws - mean),
-                "narrower": lambda: mean + NARROWER * (draws - mean),
-                "shifted": lambda: draws + SHIFT * std,
-                "prior": lambda: pool,
+                "wider": lambda: mean + WIDER * (x - mean),
+                "narrower": lambda: mean + NARROWER * (x - mean),
+                "shifted": lambda: x + SHIFT * std,
+                "prior": lambda: pool.expand(len(ids), *pool.shape),
             }
             for name in CONTROLS:
-                others = wrong[name]()
-                found = self._values(others, likelihood)
-                record |= self._places(f"{name}.", truth, others, wanted, found, reference, i)
-        return {name: value.cpu() for name, value in record.items()}
-
-    def _places(
-        self,
-        prefix: str,
-        truth: Tensor,
-        draws: Tensor,
-        wanted: Tensor,
-        values: Tensor,
-        reference: Tensor,
-        i: int,
-    ) -> Record:
-        """Where the truth lies among the draws: the fraction of TARP, (), and ranks, (T,)."""
-        seed = _seed(self.seed, _TIES)
-        fraction = tarp_fraction(
-            draws[None], truth[None], reference[None], seed, ids=torch.tensor([i])
-        )
-        # A radius that is not defined counts as the least one, for the truth as for a draw.
-        low = -torch.inf
-        values, wanted = (_defined(v, low) for v in (values, wanted))
-        found = ranks(values[None], wanted, seed, ids=torch.tensor([i]))
-        return {f"{prefix}fraction": fraction[0], f"{prefix}ranks": found[0]}
+                draws = wrong[name]()
+                record |= places(f"{name}.", draws, self._values(draws, likelihood))
+        return record
 
     def _values(self, images: Tensor, likelihood: Likelihood) -> Tensor:
-        """(B, T) statistics of images (B, *shape), the misfit last."""
+        """(n, k, T) statistics of k images for each row of data, (n, k, *shape); the misfit last."""
+        flat = images.flatten(0, 1)
         with torch.no_grad():
-            found = [act(images).double() for act in self.statistics.values()]
-            found.append(likelihood.chi2(images).double())
-        return torch.stack([value.to(images.device) for value in found], 1)
+            found = [act(flat).double() for act in self.statistics.values()]
+            found.append(likelihood.repeat(images.shape[1]).chi2(flat).double())
+        return torch.stack([v.to(flat.device) for v in found], 1).unflatten(0, images.shape[:2])
 
 
-def _defined(values: Tensor, low: float) -> Tensor:
-    return torch.where(values.isnan(), low, values)
+def _image(frame: Any) -> Tensor:
+    return frame if isinstance(frame, Tensor) else torch.from_numpy(np.array(frame))
+
+
+def _defined(values: Tensor) -> Tensor:
+    """A radius that is not defined counts as the least one, for the truth as for a draw."""
+    return torch.where(values.isnan(), -torch.inf, values)
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
