@@ -18,6 +18,8 @@ whose mean and draws both are one solve by the operator's structure: with update
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +35,8 @@ from diffpost.noise import BlockNoise, GaussianNoise
 from diffpost.operators.base import LinearOperator
 from diffpost.posterior import Posterior
 from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State
+from diffpost.samplers.dpm_solver import DPMSolver
+from diffpost.samplers.euler_maruyama import EulerMaruyama
 from diffpost.score import ScoreModel
 from diffpost.sde import SDE
 
@@ -101,7 +105,7 @@ class Chain(Sampler):
         prior, likelihood = conditions(model, type(self).__name__)
         if self.start is None or not isinstance(state, Starting) or state.inner is None:
             moved = self.move(prior, likelihood, state, t, noise)
-            return self.end(moved) if s == CLEAN else moved
+            return self.end(prior, moved, t, noise) if s == CLEAN else moved
         times = self.start.times(model.sde)
         i = state.done
         inner = self.start.step(model, state.inner, times[i], times[i + 1], noise)
@@ -122,8 +126,33 @@ class Chain(Sampler):
         """One move at the level of t."""
 
     @abstractmethod
-    def end(self, state: State) -> State:
+    def end(self, prior: ScoreModel, state: State, t: Tensor, noise: NoiseSource) -> State:
         """The draw and what is told of it."""
+
+
+def check_reverse(name: str, reverse: Sampler) -> None:
+    """Raises ValueError unless the sampler follows the reverse SDE, down from any level."""
+    conditional = isinstance(reverse, EulerMaruyama) or (
+        isinstance(reverse, DPMSolver) and reverse.eta == 1
+    )
+    if not conditional or reverse.nsr_max is not None:
+        raise ValueError(
+            f"{name}(reverse={reverse}): expected DPMSolver(eta=1) or EulerMaruyama without nsr_max. They follow the "
+            "reverse SDE, which draws a clean image given a noisy one; an ODE or a corrector does not."
+        )
+
+
+def reversed_from(
+    prior: ScoreModel, u: Tensor, nu: float, reverse: Sampler, noise: NoiseSource, stream: int = 0
+) -> Tensor:
+    """A draw of p(x_0 | x_0 + nu n = u), by the reverse SDE from u and the level nu: (B, *shape)."""
+    down = dataclasses.replace(reverse, nsr_max=nu)
+    times = down.times(prior.sde)
+    state = State(float(prior.sde.alpha(times[0])) * u)
+    for i in range(len(times) - 1):
+        shifted = functools.partial(noise, stream=stream + i)
+        state = down.step(prior, state, times[i], times[i + 1], shifted)
+    return state.x
 
 
 def traced(

@@ -35,7 +35,15 @@ from torch import Tensor
 from diffpost.guidance.base import per_entry
 from diffpost.likelihood import Likelihood
 from diffpost.samplers.base import NoiseSource, Sampler, State
-from diffpost.samplers.chain import BEGIN, TRACES, Chain, Gaussian, traced
+from diffpost.samplers.chain import (
+    BEGIN,
+    TRACES,
+    Chain,
+    Gaussian,
+    check_reverse,
+    reversed_from,
+    traced,
+)
 from diffpost.samplers.dpm_solver import DPMSolver
 from diffpost.samplers.line_integral import line_integral, nodes
 from diffpost.score import ScoreModel
@@ -104,6 +112,7 @@ class _LangevinChain(Chain):
     start: Sampler | None = field(default_factory=lambda: DPMSolver(32, eta=1.0))
     nsr: float | None = None
     step_size: float | None = None
+    reverse: Sampler | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +123,8 @@ class _LangevinChain(Chain):
             )
         if self.nsr is not None and not self.nsr > 0:
             raise ValueError(f"{type(self).__name__}(nsr={self.nsr}): expected a positive number.")
+        if self.reverse is not None:
+            check_reverse(type(self).__name__, self.reverse)
 
     def levels(self, sde: SDE) -> list[float]:
         lowest, highest = sde.nsr(torch.tensor([sde.t_min, sde.t_max]).double()).tolist()
@@ -139,7 +150,8 @@ class _LangevinChain(Chain):
         reference = Gaussian(likelihood, linear, curvature(score, nu))
         size = self.step_size or min(1.0, x[0].numel() ** (-1 / 3))
         log_step = torch.full((len(x),), math.log(size), dtype=torch.float64, device=x.device)
-        fault = 0 * score.flatten(1).sum(1)  # NaN where the score is not finite, for the loop to report
+        # NaN where the score is not finite, for the loop to report
+        fault = 0 * score.flatten(1).sum(1)
         return Walk(
             u + per_entry(fault, u),
             log_weights=clean.log_weights,
@@ -149,8 +161,12 @@ class _LangevinChain(Chain):
             log_step=log_step,
         )
 
-    def end(self, state: State) -> State:
-        return State(state.x, log_weights=state.log_weights, extras=state.extras)
+    def end(self, prior: ScoreModel, state: State, t: Tensor, noise: NoiseSource) -> State:
+        x = state.x
+        if self.reverse is not None:
+            nu = float(prior.sde.nsr(t))
+            x = reversed_from(prior, x, nu, self.reverse, noise, BEGIN)
+        return State(x, log_weights=state.log_weights, extras=state.extras)
 
 
 def score_at(prior: ScoreModel, u: Tensor, t: Tensor) -> Tensor:
@@ -229,13 +245,17 @@ class Langevin(_LangevinChain):
 
     The proposal of :class:`MALA`, always accepted: one network evaluation and two solves a move. Exact where p_nu is
     Gaussian and its curvature is what is measured; elsewhere with an error of order ``step_size`` that :class:`MALA`
-    removes. The draw is u itself, with the blur in it.
+    removes. The draw is u itself, with the blur in it, unless ``reverse`` takes it out.
 
     Args:
         steps: moves, after those of the start.
         start: the sampler whose draws the chains begin at; None begins at 0 in the prior's units.
         nsr: the noise-to-signal ratio nu at which the chain runs; None is the process's lowest.
         step_size: delta, in (0, 1]; None is min(1, d^-1/3) for d pixels.
+        reverse: None returns u itself. ``DPMSolver(eta=1)`` or ``EulerMaruyama`` take its blur out: they draw a clean
+            image given u by the reverse SDE, and then the target is p_0(x) N(y; A x, Sigma + nu^2 A A^T) for a
+            linear A, the exact posterior of data with that little more noise. At each of its steps one
+            evaluation more.
 
     Raises:
         ValueError: as :class:`Chain <diffpost.samplers.chain.Chain>`; nsr not positive or outside the process, step_size outside (0, 1].
@@ -258,7 +278,7 @@ class MALA(_LangevinChain):
 
     Repairs what a guidance gets wrong around each draw; it does not move draws between modes. Every draw is the end of
     a chain of its own, and pi = p_nu(u) p(y | u) is exact in the limit of many moves. The draw is u itself, with
-    the blur of ``nsr`` in it: choose it several times below the posterior's standard deviations that matter. The lower
+    the blur of ``nsr`` in it, unless ``reverse`` takes it out: choose ``nsr`` several times below the posterior's standard deviations that matter. The lower
     it is, the shorter are the steps that a prior of sharp features allows.
 
     The step size of each draw follows its acceptances in the first ``burn_in`` moves (Robbins & Monro 1951) and is
@@ -278,6 +298,10 @@ class MALA(_LangevinChain):
         burn_in: moves that adapt the step size; None is half of them, 0 keeps step_size.
         target: the acceptance that it is adapted to; 0.574 is optimal in high dimensions (Roberts & Rosenthal 1998).
         nodes: most evaluations along a line, 5, 9, 17, ...; 5 never waits for the device.
+        reverse: None returns u itself. ``DPMSolver(eta=1)`` or ``EulerMaruyama`` take its blur out: they draw a clean
+            image given u by the reverse SDE, and then the target is p_0(x) N(y; A x, Sigma + nu^2 A A^T) for a
+            linear A, the exact posterior of data with that little more noise. At each of its steps one
+            evaluation more.
 
     Raises:
         ValueError: as :class:`Chain <diffpost.samplers.chain.Chain>`; nsr not positive or outside the process, step_size outside (0, 1], target

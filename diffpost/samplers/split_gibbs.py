@@ -34,9 +34,16 @@ from torch import Tensor
 from diffpost.likelihood import Likelihood
 from diffpost.operators.base import LinearOperator
 from diffpost.samplers.base import NoiseSource, Sampler, State
-from diffpost.samplers.chain import BEGIN, TRACES, Chain, Gaussian, traced
+from diffpost.samplers.chain import (
+    BEGIN,
+    TRACES,
+    Chain,
+    Gaussian,
+    check_reverse,
+    reversed_from,
+    traced,
+)
 from diffpost.samplers.dpm_solver import DPMSolver
-from diffpost.samplers.euler_maruyama import EulerMaruyama
 from diffpost.score import ScoreModel
 from diffpost.sde import SDE
 
@@ -96,14 +103,7 @@ class SplitGibbs(Chain):
                 f"SplitGibbs(coupling={self.coupling}, first={self.first}, anneal={self.anneal}): expected 0 < coupling "
                 "<= first and 0 <= anneal < 1."
             )
-        conditional = isinstance(self.reverse, EulerMaruyama) or (
-            isinstance(self.reverse, DPMSolver) and self.reverse.eta == 1
-        )
-        if not conditional or self.reverse.nsr_max is not None:
-            raise ValueError(
-                f"SplitGibbs(reverse={self.reverse}): expected DPMSolver(eta=1) or EulerMaruyama without nsr_max. They "
-                "follow the reverse SDE, which draws z given u; an ODE or a corrector does not."
-            )
+        check_reverse("SplitGibbs", self.reverse)
 
     @property
     def falling(self) -> int:
@@ -153,19 +153,10 @@ class SplitGibbs(Chain):
         n, e = gaussian.draws(z, residual, noise, BEGIN)
         u = z + gaussian.update(n, residual + e)
 
-        reverse = dataclasses.replace(self.reverse, nsr_max=rho)
-        times = reverse.times(prior.sde)
-        inner = State(float(prior.sde.alpha(times[0])) * u)
-        for i in range(len(times) - 1):
-            inner = reverse.step(prior, inner, times[i], times[i + 1], shifted(noise, i))
+        z = reversed_from(prior, u, rho, self.reverse, noise)
         kept = state.done - self.falling
-        extras = traced(state.extras, prior, likelihood, inner.x) if kept >= 0 else state.extras
-        return dataclasses.replace(state, x=inner.x, done=state.done + 1, extras=extras)
+        extras = traced(state.extras, prior, likelihood, z) if kept >= 0 else state.extras
+        return dataclasses.replace(state, x=z, done=state.done + 1, extras=extras)
 
-    def end(self, state: State) -> State:
+    def end(self, prior: ScoreModel, state: State, t: Tensor, noise: NoiseSource) -> State:
         return State(state.x, log_weights=state.log_weights, extras=state.extras)
-
-
-def shifted(noise: NoiseSource, i: int) -> NoiseSource:
-    """The noise of the i-th step within a move."""
-    return lambda like, stream=0: noise(like, stream=stream + i)

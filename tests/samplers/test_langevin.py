@@ -364,6 +364,20 @@ def test_local_bias_of_moment_matching():
     assert accepts(repaired, mean, cov) and not accepts(plain, mean, cov)
 
 
+def test_the_blur_is_taken_out():
+    """With ``reverse`` the draws are those of the prior itself and of noise Sigma + nu^2 A A^T."""
+    prior, like = linear_problem("matrix")
+    nu, n = 0.3, 500
+    reverse = DPMSolver(20, order=2, eta=1.0)
+    sampler = MALA(24, start=START, nsr=nu, reverse=reverse)
+    x = sample(Posterior(prior, like, CRUDE), n, sampler, seed=1, progress=False).x
+    a = like.operator.dense(SHAPE).double()
+    blurred = GaussianNoise(cov=0.1 * torch.eye(12, dtype=F64) + 0.02 + nu**2 * a @ a.T)
+    more = Likelihood(like.y, like.operator, blurred)
+    assert accepts(x, *target(prior, more, 0.0), 0.03)
+    assert not accepts(x, *target(prior, like, nu), 0.03)
+
+
 # the house's promises -----------------------------------------------------------------------------------
 
 
@@ -490,6 +504,7 @@ def test_bad_arguments():
         lambda: MALA(10, target=1.0),
         lambda: MALA(10, burn_in=10),
         lambda: MALA(10, nodes=6),
+        lambda: MALA(10, reverse=Heun(8)),
         lambda: Langevin(10, step_size=0.0),
         lambda: sample(prior, 1, MALA(4, nsr=0.05), progress=False),
         lambda: sample(Posterior(prior, like), 1, MALA(4, nsr=1e-4), progress=False),
