@@ -39,6 +39,7 @@ from diffpost.diagnostics.misspecification import (
     heldout_reference,
     misspecification,
 )
+from diffpost.io.checkpoints import shipped_priors
 from diffpost.io.images import ImageSource
 from diffpost.random import normal, uniform
 from diffpost.training_config import TrainConfig
@@ -167,6 +168,11 @@ def crops(prior: Any, data: Path, count: int, which: int | None = None, seed: in
     if which is not None:
         stream.images = [Share(source, which) for source in stream.images]  # type: ignore[misc]
     return stream.batch(0, count, prior.shape[-1])
+
+
+def folder_of(name: str) -> Path:
+    shipped = Path(dp.__file__).parent / "priors"
+    return shipped / name if name in shipped_priors() else Path(name)
 
 
 def write(folder: Path, reference: HeldOutReference, count: int) -> None:
@@ -308,27 +314,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--write", action="store_true", help="keep the reference in the card, and stop"
     )
-    parser.add_argument("--galaxies", type=int, default=100)
+    parser.add_argument("--galaxies", type=int, default=64, help="of each kind, deconvolved")
+    parser.add_argument("--images", type=int, default=256, help="of each kind, judged as they are")
     parser.add_argument(
         "--settings",
         nargs="*",
-        default=["1.5:0.01"],
+        default=["1.5:0.01", "2.5:0.05"],
         metavar="PSF:NOISE",
         help="sigma in pixels, std",
     )
     options = parser.parse_args(arguments)
     prior = dp.load_prior(options.prior)
     if options.write:
-        from diffpost.io.checkpoints import _find
-
         reference = heldout_reference(prior, crops(prior, options.data, REFERENCE))
-        write(_find(options.prior), reference, REFERENCE)
+        write(folder_of(options.prior), reference, REFERENCE)
         print(f"threshold at {ALPHA}: {reference.threshold(ALPHA):.3f}")
         return
     reference = heldout_reference(prior, crops(prior, options.data, REFERENCE, 0))
-    galaxies = crops(prior, options.data, options.galaxies, 1, seed=22)
-    kinds = cases(galaxies)
+    galaxies = crops(prior, options.data, max(options.galaxies, options.images), 1, seed=22)
+    kinds = cases(galaxies[: options.images])
     columns = {"the image itself": directly(prior, reference, kinds)}
+    print(table(columns), flush=True)
+    kinds = cases(galaxies[: options.galaxies])
     for setting in options.settings:
         width, level = setting.split(":")
         alone, together = from_data(prior, reference, kinds, setting)
