@@ -25,7 +25,7 @@ def test_coverage_shows_its_curve_and_the_band_of_exact_posteriors(tmp_path: Pat
     assert np.array_equal(shown, result.ecp.numpy())
     assert np.allclose(difference.lines[-1].get_ydata(), result.ecp - result.alpha)
     assert any("A blurred galaxy" in text.get_text() for text in figure.texts)
-    labels = [text.get_text() for text in curve.get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert any("95%" in label for label in labels) and any("p = " in label for label in labels)
 
 
@@ -46,7 +46,8 @@ def test_ranks_show_histogram_and_ecdf_of_each_statistic(draws: int, tmp_path: P
     assert len(figure.axes) == 6
     bars = figure.axes[0]
     heights = [patch.get_height() for patch in bars.patches if hasattr(patch, "get_height")]
-    assert sum(heights) == 200
+    if draws == 9:  # one bin a rank
+        assert np.allclose(heights[:10], 10 * torch.bincount(values[:, 0]) / 200)
     assert "total flux" in bars.get_title(loc="left")
     with pytest.raises(ValueError, match="names"):
         dp.plot.ranks(result, ["total flux"])

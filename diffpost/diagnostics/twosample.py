@@ -7,9 +7,10 @@ and c_k in cell k, E(x_k) = c_k n_x/(n_x + n_y), likewise y, and
     chi2 = sum_k (x_k - E(x_k))^2/E(x_k) + (y_k - E(y_k))^2/E(y_k).
 
 Here it is averaged over tessellations and judged against the same average after the labels x and y
-were shuffled, which is exact whatever the cells hold. (The package pqm reads one tessellation's
-chi2 off the chi2 distribution, which is off where cells hold few points, draws from NumPy's global
-generator, and does not combine tessellations; the statistic is the same.)
+were shuffled, which is exact whatever the cells hold. The published package, pqm 0.6.3, has the
+same statistic and is sound too: read off the chi2 distribution, its p-value for one tessellation
+was below 0.05 in 2 to 4% of 600 null cases of 200 to 500 points in 50 to 100 cells. But it draws
+from NumPy's global generator, and has no p-value for several tessellations together.
 
 The sliced Wasserstein distance is the mean over directions u, uniform on the sphere, of the exact
 one-dimensional W1 = int |F_x(s) - F_y(s)| ds of the projections s = u x. Two sets of exact draws

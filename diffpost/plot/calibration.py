@@ -7,6 +7,7 @@ too, as a curve that hugs a diagonal hides them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -50,8 +51,17 @@ def coverage(
     named = {"": result} if isinstance(result, Coverage) else dict(result)
     if not 0 < len(named) <= len(_LINES):
         raise ValueError(f"got {len(named)} curves; expected 1 to {len(_LINES)}")
-    figure = new_figure(10.4, 5.0)
-    grid = figure.add_gridspec(1, 2, left=0.07, right=0.985, top=0.85, bottom=0.12, wspace=0.2)
+    below = 0.62 + 0.24 * math.ceil((len(named) + 1) / 3)  # inches, for the legend
+    figure = new_figure(10.4, 4.75 + below)
+    grid = figure.add_gridspec(
+        1,
+        2,
+        left=0.07,
+        right=0.985,
+        top=1 - 0.75 / (4.75 + below),
+        bottom=below / (4.75 + below),
+        wspace=0.2,
+    )
     curve, difference = (figure.add_subplot(grid[0, i]) for i in range(2))
     least = min(named.values(), key=lambda c: c.sims)
     alpha = least.alpha.numpy()
@@ -63,17 +73,27 @@ def coverage(
     difference.axhline(0, color=INK, lw=0.8, ls=(0, (4, 3)))
     reach = float(np.abs(np.stack([low - alpha, high - alpha])).max())
     for color, (name, one) in zip(_LINES, named.items(), strict=False):
-        a, ecp, (below, above) = one.alpha.numpy(), one.ecp.numpy(), one.band.numpy()
+        a, ecp, (lower, upper) = one.alpha.numpy(), one.ecp.numpy(), one.band.numpy()
         text = f"{name or 'coverage'}, p = {_number(one.p_value)}"
         for ax, origin in ((curve, 0.0 * a), (difference, a)):
-            ax.fill_between(a, below - origin, above - origin, color=color, alpha=0.18, lw=0)
+            ax.fill_between(a, lower - origin, upper - origin, color=color, alpha=0.18, lw=0)
             ax.plot(a, ecp - origin, color=color, lw=1.8, label=text)
         reach = max(reach, float(np.abs(ecp - a).max()))
     curve.set(xlim=(0, 1), ylim=(0, 1), xlabel="credibility", ylabel="expected coverage")
     difference.set(xlim=(0, 1), ylim=(-1.25 * reach, 1.25 * reach), xlabel="credibility")
     difference.set_ylabel("expected coverage \N{MINUS SIGN} credibility")
     curve.set_aspect("equal", adjustable="box", anchor="W")
-    curve.legend(frameon=False, fontsize=9, loc="upper left", handlelength=1.6)
+    handles, labels = curve.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        frameon=False,
+        fontsize=9.5,
+        loc="lower left",
+        ncols=3,
+        handlelength=1.6,
+        bbox_to_anchor=(0.06, 0.0),
+    )
     _header(figure, title, f"{least.sims} simulations, {least.draws:.4g} draws each")
     for ax in (curve, difference):
         _plain(ax)
@@ -89,6 +109,8 @@ def ranks(
     title: str | None = None,
 ) -> Figure:
     """For each statistic the histogram of ranks, and its ECDF less the diagonal with the band.
+
+    In the histogram grey is pointwise: one bin in twenty of an exact posterior lies outside at 95%.
 
     Parameters
     ----------
@@ -120,17 +142,26 @@ def ranks(
     )
     edges = np.linspace(0, result.draws + 1, result.bins + 1).round()
     share = np.diff(edges) / (result.draws + 1)
-    low, high = stats.binom.interval(result.level, sims, share)
+    expected = sims * share
+    low, high = stats.binom.interval(result.level, sims, share) / expected
     z, band = result.grid.numpy(), result.band.numpy()
     ends = np.concatenate([[0], z, [1]])
     for k, name in enumerate(names):
         bars, ecdf = (figure.add_subplot(grid[k, i]) for i in range(2))
         seen, _ = np.histogram(values[:, k], edges - 0.5)
-        bars.stairs(high, edges, baseline=low, fill=True, color=_EXACT)
-        bars.bar(edges[:-1], seen, np.diff(edges), align="edge", color=_BAR, ec="white", lw=0.6)
-        bars.stairs(sims * share, edges, color=INK, lw=0.8, ls=(0, (4, 3)), baseline=None)
-        bars.stairs(high, edges, baseline=low, fill=True, color=INK, alpha=0.12)
-        bars.set(xlim=(0, result.draws + 1), ylabel="simulations")
+        # Bins may differ by a rank, so heights are in units of what is expected of each.
+        bars.bar(
+            edges[:-1],
+            seen / expected,
+            np.diff(edges),
+            align="edge",
+            color=_BAR,
+            ec="white",
+            lw=0.6,
+        )
+        bars.stairs(high, edges, baseline=low, fill=True, color=INK, alpha=0.13)
+        bars.axhline(1, color=INK, lw=0.8, ls=(0, (4, 3)))
+        bars.set(xlim=(0, result.draws + 1), ylabel="simulations / expected")
         bars.set_title(
             f"{name}: rank of the truth, χ² p = {_number(float(result.chi2_p_value[k]))}",
             fontsize=10,
@@ -167,9 +198,11 @@ def _header(figure: Figure, title: str | None, subtitle: str) -> None:
     height = figure.get_size_inches()[1]
     if title:
         figure.text(
-            0.07, 1 - 0.27 / height, title, fontsize=14, color=INK, weight="bold", va="center"
+            0.07, 1 - 0.24 / height, title, fontsize=14, color=INK, weight="bold", va="center"
         )
-    figure.text(0.07, 1 - 0.5 / height, subtitle, fontsize=10, color=MUTED, va="center")
+    figure.text(
+        0.07, 1 - (0.49 if title else 0.3) / height, subtitle, fontsize=10, color=MUTED, va="center"
+    )
 
 
 def _plain(ax: Axes) -> None:
