@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-# Each test of a null below fails for fresh seeds with this probability; there are fewer than 30, so
-# the suite raises a false alarm in less than 0.6% of reseedings.
+# Each test of a null in this folder fails for fresh seeds with this probability. There are fewer
+# than 30, and what is asked of the power leaves 0.3% for all controls together: less than 1% in all.
 ALARM = 2e-4
 
 

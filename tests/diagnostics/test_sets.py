@@ -55,7 +55,7 @@ def test_pqmass_is_uniform_for_equal_distributions(uniform_p) -> None:
 
 @pytest.mark.parametrize("fault", ["missing", "copies", "pooled", "wide", "narrow", "biased"])
 def test_pqmass_finds_faults(fault: str) -> None:
-    """Each rejected at 1% in at least 9 of 12 runs of 400 draws; 0.88 or more of 40 runs were."""
+    """Each rejected at 1% in at least 7 of 12 runs of 400 draws; 0.88 (wide) to 1.00 of 40 runs were."""
     rejected = 0
     for s in range(12):
         if fault in ("wide", "narrow", "biased"):
@@ -64,7 +64,7 @@ def test_pqmass_finds_faults(fault: str) -> None:
         else:
             x, y = faulty(fault, 400, 2 * s), exact(400, 2 * s + 1)
         rejected += dg.pqmass(x, y, permutations=199, seed=s).p_value <= 0.01
-    assert rejected >= 9
+    assert rejected >= 7
 
 
 def test_pqmass_has_the_statistic_of_the_published_package() -> None:
@@ -128,7 +128,7 @@ def test_the_floor_is_what_exact_sets_are_apart(uniform_p) -> None:
     uniform_p([floor.p_value(dg.sliced_wasserstein(x, y, 50)) for x, y in pairs])
     assert floor.mean > floor.std > 0 and floor.values.shape == (200,)
     # The scatter of the modes' counts hides some faults; 0.90, 0.58 and 1.00 of 40 runs were found.
-    for fault, power in (("missing", 0.75), ("copies", 0.4), ("pooled", 0.9)):
+    for fault, power in (("missing", 0.7), ("copies", 0.3), ("pooled", 0.9)):
         distances = [
             dg.sliced_wasserstein(faulty(fault, 200, s), exact(200, 777 + s), 50) for s in range(40)
         ]
@@ -168,7 +168,7 @@ def test_mode_weights_find_faults(fault: str) -> None:
     p = np.array(
         [dg.mode_weights(faulty(fault, 200, s), MEANS, WEIGHTS).p_value for s in range(40)]
     )
-    assert np.mean(p <= 0.01) >= (0.4 if fault == "copies" else 0.95)
+    assert np.mean(p <= 0.01) >= (0.3 if fault == "copies" else 0.95)
 
 
 def test_mode_weights_count() -> None:
@@ -223,6 +223,13 @@ def test_chains_that_disagree_and_copies_are_found() -> None:
     result = dg.convergence(frozen)
     assert bool(result.rhat[0].isnan()) and bool(result.rhat[1:].isfinite().all())
     assert dg.convergence(x[..., 0]).rhat.shape == ()
+
+
+def test_chains_that_all_missed_a_mode_agree() -> None:
+    """As the docstring says; the weights of the modes tell."""
+    x = torch.stack([faulty("missing", 250, s) for s in range(4)])
+    assert float(dg.convergence(x).rhat.max()) < 1.02
+    assert dg.mode_weights(x.flatten(0, 1), MEANS, WEIGHTS).p_value < 1e-3
 
 
 @pytest.mark.parametrize(
