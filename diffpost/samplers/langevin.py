@@ -287,8 +287,8 @@ class MALA(_LangevinChain):
 
     ``Samples.extras``, over the moves after burn_in: ``acceptance`` (n,), the mean probability; ``step_size`` (n,);
     ``quadrature_error`` (n,), the largest estimated error of the line integral in a decision that it could have
-    turned; ``trace_chi2`` and ``trace_flux`` (n, moves), chi^2 and the sum of the image in physical units along the chain, for R-hat and
-    effective sample sizes.
+    turned; ``trace_chi2`` and ``trace_flux`` (n, moves), chi^2 and the sum of the image in physical units along the chain,
+    for ``diagnostics.convergence`` (R-hat and effective sample sizes).
 
     Args:
         steps: moves, after those of the start.

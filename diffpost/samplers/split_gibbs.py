@@ -68,11 +68,12 @@ class SplitGibbs(Chain):
     Needs no guidance. Every draw is the end of a chain of its own; it is a clean draw z of the reverse diffusion, and
     pi(z) = p_0(z) N(y; A z, Sigma + coupling^2 A A^T) is exact in the limit of many moves and of many levels of
     ``reverse``. Choose a coupling so small that the added variance is little beside the noise's, and no smaller: with
-    ``coupling`` the moves shrink. Chains pass between modes while the coupling is large, as in annealing, and keep to one
+    ``coupling`` the moves shrink, and where it falls faster than they follow, the spread of larger couplings stays
+    (a 16-pixel Gaussian, 3 to 0.05: 11% too much variance in 40 moves, 4% in 80). Chains pass between modes while the coupling is large, as in annealing, and keep to one
     when it is small, so the weights of modes are approximate.
 
     ``Samples.extras``, over the moves at the last coupling: ``trace_chi2`` and ``trace_flux`` (n, moves), chi^2 and the
-    sum of the image in physical units along the chain, for R-hat and effective sample sizes.
+    sum of the image in physical units along the chain, for ``diagnostics.convergence`` (R-hat and effective sample sizes).
 
     Args:
         steps: moves, each with as many denoiser evaluations as ``reverse`` has steps.
