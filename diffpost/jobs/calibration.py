@@ -160,7 +160,8 @@ def tell(console: Console, result: Calibration, path: Path) -> None:
     console.print(
         f"\nerror of the mean over what the draws claim: {ratio:.2f} ± {error:.2f}; 1 where calibrated"
     )
-    for control, tests in result.controls.items():
+    # Spoilt draws that were wrong before show no power.
+    for control, tests in result.controls.items() if result.calibrated else ():
         found = [test.name for test in tests if test.rejected]
         text = f"found by {', '.join(found)}" if found else "[yellow]not found[/yellow]"
         console.print(f"control, {FAULTS[control]}: {text}")

@@ -243,7 +243,9 @@ def _headline(record: dict[str, Any]) -> str:
                 "on purpose (below)."
             )
         return f"<p class='verdict good'>{text}</p>"
-    names = ", ".join(f"{escape(t['name'])} (p = {_p(t['p_value'])})" for t in rejected)
+    names = ", ".join(
+        f"{escape(t['name'])} (p {escape(_relation(t['p_value']))})" for t in rejected
+    )
     text = (
         f"<b>Not calibrated.</b> {len(rejected)} of {len(record['tests'])} tests reject {who} at a level of "
         f"{record['level']:g} for all of them together: {names}."
@@ -307,7 +309,7 @@ def _tests(record: dict[str, Any]) -> str:
         said = "<span class='no'>rejected</span>" if test["rejected"] else "passed"
         rows.append(
             f"<td>{escape(test['name'])}</td><td class='dim'>{escape(asks)}</td>"
-            f"<td class='n'>{_p(test['p_value'])}</td><td class='n'>{_p(test['adjusted'])}</td><td>{said}</td>"
+            f"<td class='n'>{escape(_p(test['p_value']))}</td><td class='n'>{escape(_p(test['adjusted']))}</td><td>{said}</td>"
         )
     note = (
         "<p class='dim'>p: the chance that exact draws look as bad or worse. Adjusted: by Holm's method for the "
@@ -356,7 +358,7 @@ def _controls(record: dict[str, Any]) -> str:
             if test is None:
                 cells.append("<td class='n dim'>blind</td>")
                 continue
-            text = _p(test["p_value"])
+            text = escape(_p(test["p_value"]))
             cells.append(f"<td class='n'>{f'<b>{text}</b>' if test['rejected'] else text}</td>")
         if not found["rejected"]:
             missed.append(FAULTS[control])
@@ -367,6 +369,11 @@ def _controls(record: dict[str, Any]) -> str:
         if missed
         else f"<p>Each of these faults is found in {record['simulations']} simulations.</p>"
     )
+    if not record["calibrated"]:
+        end = (
+            "<p>As the draws are rejected before they are spoilt, this says little about what else would have been "
+            "found.</p>"
+        )
     return (
         "<p>The same draws, spoilt by a known amount, and the p-values that they get; bold: rejected. Blind: "
         "a statistic of the image alone cannot tell the prior from the posterior.</p>"
@@ -430,6 +437,11 @@ def _figure(image: bytes, name: str, text: str) -> str:
 def _code(text: str) -> str:
     """An object's description without the settings that were left alone."""
     return f"<code>{escape(re.sub(r'(, )?[a-z_]+=None', '', text))}</code>"
+
+
+def _relation(value: float) -> str:
+    text = _p(value)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def _p(value: float) -> str:

@@ -21,6 +21,7 @@ import diffpost as dp
 from diffpost.calibrate import Calibration, _tests, calibrate, design, perform
 from diffpost.guidance import Guidance
 from diffpost.jobs import simulations
+from diffpost.jobs.calibration_page import html_page, verdict
 from diffpost.jobs.instruments import gaussian_psf, read_operator
 from diffpost.oracles import gaussian_field
 from diffpost.resume import RunFolder
@@ -253,12 +254,17 @@ def test_what_is_written_reproduces_the_verdict(exact: Calibration, tmp_path: Pa
     exact.save(tmp_path / "out", overwrite=True)
 
 
-def test_a_failed_verdict_says_so(exact: Calibration, tmp_path: Path) -> None:
+def test_a_failed_verdict_says_so(exact: Calibration) -> None:
     wrong = replace(exact, tests=exact.controls["wider"], controls={})
-    wrong.save(tmp_path / "out")
-    page = (tmp_path / "out" / "report.html").read_text()
+    record = verdict(wrong)
+    assert record["calibrated"] is False
+    pictures = {"coverage.png": b"", "ranks.png": b""}
+    page = html_page(record, pictures)
     assert "Not calibrated" in page
     assert "--controls" in page
+    # What spoiling does to draws that are wrong already shows no power.
+    page = html_page(verdict(replace(wrong, controls=exact.controls)), pictures)
+    assert "this says little" in page
 
 
 @pytest.mark.parametrize(
