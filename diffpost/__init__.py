@@ -40,13 +40,16 @@ from diffpost.posterior import Posterior
 from diffpost.sample import sample
 from diffpost.samplers import (
     MALA,
+    CollapseWarning,
     DPMSolver,
     EulerMaruyama,
     Heun,
     Langevin,
     PredictorCorrector,
+    RangeWarning,
     Sampler,
     SplitGibbs,
+    TwistedSMC,
 )
 from diffpost.samples import Samples
 from diffpost.score import GaussianMixtureScore, GaussianScore, ScoreModel
@@ -66,6 +69,7 @@ __all__ = [
     "VE",
     "VP",
     "BlockNoise",
+    "CollapseWarning",
     "ConvergenceWarning",
     "Convolve",
     "Convolved",
@@ -94,12 +98,14 @@ __all__ = [
     "PixelBin",
     "Posterior",
     "PredictorCorrector",
+    "RangeWarning",
     "Sampler",
     "Samples",
     "ScoreModel",
     "SpectralCovariance",
     "SplitGibbs",
     "Stack",
+    "TwistedSMC",
     "__version__",
     "chi2",
     "diagnostics",

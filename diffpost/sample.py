@@ -74,6 +74,7 @@ def sample(
             f"sample(n={n}): the data have {rows} rows and entry b conditions draw b, so n must "
             f"be {rows}. Repeat rows for several draws of each, or pass data without a batch axis."
         )
+    sampler = sampler.prepared(model)
     group = sampler.group
     if n % group:
         raise ValueError(

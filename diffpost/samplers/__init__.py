@@ -6,17 +6,22 @@ from diffpost.samplers.euler_maruyama import EulerMaruyama
 from diffpost.samplers.heun import Heun
 from diffpost.samplers.langevin import MALA, Langevin
 from diffpost.samplers.predictor_corrector import PredictorCorrector
+from diffpost.samplers.scales import RangeWarning
 from diffpost.samplers.split_gibbs import SplitGibbs
+from diffpost.samplers.twisted_smc import CollapseWarning, TwistedSMC
 
 __all__ = [
     "MALA",
+    "CollapseWarning",
     "DPMSolver",
     "EulerMaruyama",
     "Heun",
     "Langevin",
     "NoiseSource",
     "PredictorCorrector",
+    "RangeWarning",
     "Sampler",
     "SplitGibbs",
     "State",
+    "TwistedSMC",
 ]

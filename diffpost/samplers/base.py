@@ -86,6 +86,10 @@ class Sampler(ABC):
         """Draws that are made together: n and every batch are whole groups of consecutive draws."""
         return 1
 
+    def prepared(self, model: ScoreModel) -> Sampler:
+        """This sampler with what it decides from the model decided; ``sample`` asks for it once, before it starts."""
+        return self
+
     def times(self, sde: SDE) -> Tensor:
         """Times of the levels, (steps + 1,) float64 on the CPU, decreasing; the last is CLEAN."""
         grid = sde.time_grid(self.steps - 1, self.nsr_min, self.nsr_max, self.rho)

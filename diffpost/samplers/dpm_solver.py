@@ -31,6 +31,8 @@ from torch import Tensor
 from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State, denoise_u, levels
 from diffpost.score import ScoreModel
 
+History = tuple[tuple[float, Tensor], ...]
+
 
 @final
 @dataclass(frozen=True)
@@ -88,15 +90,9 @@ class DPMSolver(Sampler):
         base = math.exp(-rate * h) * u
         if self.eta > 0:
             base = base + new * math.sqrt(-math.expm1(-2 * self.eta**2 * h)) * noise(u)
-        predicted = base
-        for weight, (_, value) in zip(multistep_weights(history, integrals), history, strict=True):
-            predicted = predicted + weight * value
+        predicted = predict(base, history, integrals)
         again = denoise_u(model, predicted, s, alpha)
-        if self.corrector:
-            slope = integrals[1] / h
-            u = base + (integrals[0] - slope) * denoised + slope * again
-        else:
-            u = predicted
+        u = correct(base, denoised, again, integrals, h) if self.corrector else predicted
         return State(alpha * u, ((later, again), *history)[: self.order])
 
 
@@ -107,14 +103,28 @@ def moments(rate: float, h: float) -> tuple[float, float, float]:
     return zeroth, first, h**2 - 2 * first / rate
 
 
-def multistep_weights(
-    history: tuple[tuple[float, Tensor], ...], moments: tuple[float, float, float]
-) -> list[float]:
+def predict(base: Tensor, history: History, integrals: tuple[float, float, float]) -> Tensor:
+    """u at the next level, with D the polynomial through the stored outputs."""
+    predicted = base
+    for weight, (_, value) in zip(_weights(history, integrals), history, strict=True):
+        predicted = predicted + weight * value
+    return predicted
+
+
+def correct(
+    base: Tensor, now: Tensor, ahead: Tensor, integrals: tuple[float, float, float], h: float
+) -> Tensor:
+    """u at the next level, with D linear between both ends of the step."""
+    slope = integrals[1] / h
+    return base + (integrals[0] - slope) * now + slope * ahead
+
+
+def _weights(history: History, integrals: tuple[float, float, float]) -> list[float]:
     """Weights of the stored outputs: the moments applied to their Lagrange polynomials in
     lambda.
     """
     nodes = torch.tensor([level - history[0][0] for level, _ in history], dtype=torch.float64)
     powers = torch.arange(len(history), dtype=torch.float64)
     vandermonde = nodes[None, :] ** powers[:, None]
-    right = torch.tensor(moments[: len(history)], dtype=torch.float64)
+    right = torch.tensor(integrals[: len(history)], dtype=torch.float64)
     return torch.linalg.solve(vandermonde, right).tolist()

@@ -1,4 +1,4 @@
-"""Problems whose posterior is known exactly, to judge guidances and samplers on.
+"""A stationary Gaussian field under a PSF.
 
 A stationary Gaussian field x with power P(k) under the orthonormal FFT, blurred by a periodic PSF
 of transfer a(k), with white noise of variance s^2, has independent posterior modes:
@@ -79,7 +79,7 @@ class FieldOracle:
         """(n, 1, size, size) independent draws of the exact posterior, float64."""
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(n, *self.mean.shape, generator=generator, dtype=torch.float64)
-        return self.mean + _filter(z, self.variance.sqrt())
+        return self.mean + filtered_by(z, self.variance.sqrt())
 
     def report(self, x: Tensor, bands: Sequence[tuple[float, float]] = BANDS) -> FieldReport:
         """Compares draws (n, 1, size, size), n of at least 2, with the exact posterior."""
@@ -123,18 +123,10 @@ def gaussian_field(
     power = k.clamp_min(1) ** index
     power = power / power.mean()
 
-    half = min(math.ceil(6 * psf_sigma), (size - 1) // 2)
-    profile = torch.exp(-0.5 * (torch.arange(-half, half + 1).double() / psf_sigma) ** 2)
-    psf = torch.outer(profile, profile) / profile.sum() ** 2
-    phase = torch.cos(
-        2 * math.pi * torch.outer(frequency / size, torch.arange(-half, half + 1).double())
-    )
-    transfer = phase @ (profile / profile.sum())
-    transfer = torch.outer(transfer, transfer)
-
+    psf, transfer = gaussian_psf(size, psf_sigma)
     shape = (1, size, size)
-    truth = _filter(torch.randn(shape, generator=generator, dtype=torch.float64), power.sqrt())
-    y = _filter(truth, transfer)
+    truth = filtered_by(torch.randn(shape, generator=generator, dtype=torch.float64), power.sqrt())
+    y = filtered_by(truth, transfer)
     y = y + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
     variance = 1 / (1 / power + transfer.square() / noise**2)
     return FieldOracle(
@@ -145,11 +137,23 @@ def gaussian_field(
             y.to(dtype), Convolve(psf.to(dtype), boundary="periodic"), GaussianNoise(std=noise)
         ),
         truth=truth,
-        mean=_filter(y, variance * transfer / noise**2),
+        mean=filtered_by(y, variance * transfer / noise**2),
         variance=variance,
         wavenumber=k,
     )
 
 
-def _filter(x: Tensor, factor: Tensor) -> Tensor:
+def gaussian_psf(size: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """A Gaussian PSF (n, n) of an odd side, cut at 6 sigma or the frame, and its transfer function (size, size)."""
+    half = min(math.ceil(6 * sigma), (size - 1) // 2)
+    offsets = torch.arange(-half, half + 1).double()
+    profile = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    profile = profile / profile.sum()
+    frequency = torch.fft.fftfreq(size, dtype=torch.float64)
+    transfer = torch.cos(2 * math.pi * torch.outer(frequency, offsets)) @ profile
+    return torch.outer(profile, profile), torch.outer(transfer, transfer)
+
+
+def filtered_by(x: Tensor, factor: Tensor) -> Tensor:
+    """x with every mode of its FFT2 multiplied by ``factor``; real."""
     return torch.fft.ifft2(torch.fft.fft2(x) * factor).real

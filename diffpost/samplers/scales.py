@@ -1,0 +1,132 @@
+r"""The noise levels between which a posterior is decided, from the model itself.
+
+Above the widest scale of the prior an image is lost in the noise, and below the narrowest scale of the posterior the
+noise is lost in the image. Both follow from the Jacobian of the denoiser, J = C_t/nsr^2 in u = x/alpha with C_t the
+covariance of p(x_0 | x_t): at the largest noise C_t is the prior's covariance, so its widest variance is
+nsr^2 lambda_max(J); at the smallest noise a direction of prior variance v has the eigenvalue v/(v + nsr^2), so the
+narrowest is nsr^2 (1 - lambda)/lambda with lambda = lambda_max(1 - J). Eigenvalues come by power iteration.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffpost.likelihood import Likelihood
+from diffpost.random import normal
+from diffpost.samplers.base import levels
+from diffpost.score import ScoreModel
+from diffpost.sde import SDE
+
+__all__ = ["RangeWarning", "ends", "largest_gain", "narrowest", "widest"]
+
+_ITERATIONS = 16
+_STARTS = 4
+_ABOVE = 8.0  # times the widest standard deviation: 1.6% of its variance is missing at the start
+_LEAST_ABOVE = 4.0
+_BELOW = 0.05  # times the narrowest standard deviation: 0.25% of its variance is missing at the end
+
+
+@final
+class RangeWarning(UserWarning):
+    """A process does not reach the noise at which nothing of its images is left."""
+
+
+def widest(model: ScoreModel) -> float:
+    """Standard deviation of the model along its widest direction, in model units, seen at its largest noise.
+
+    An underestimate where that is not well above it.
+    """
+    t = torch.tensor(model.sde.t_max, dtype=torch.float64)
+    _, nu = levels(model.sde, t)
+    x = _blank(model, _STARTS)
+    x = model.denoise(x, t).to(x) * float(model.sde.alpha(t))
+    _, vjp = model.denoise_vjp(x, t)
+    alpha = float(model.sde.alpha(t))
+    return nu * math.sqrt(max(_largest(lambda v: alpha * vjp(v), x), 0.0))
+
+
+def narrowest(model: ScoreModel, x: Tensor) -> float:
+    """Standard deviation of the model along its narrowest direction at images x (B, *shape), in model units.
+
+    0 where the smallest noise of the process does not resolve it.
+    """
+    t = torch.tensor(model.sde.t_min, dtype=torch.float64)
+    alpha, nu = levels(model.sde, t)
+    _, vjp = model.denoise_vjp(alpha * x, t)
+    left = _largest(lambda v: v - alpha * vjp(v), x)
+    return nu * math.sqrt(max(1 / left - 1, 0.0)) if left > 1e-4 else math.inf
+
+
+def largest_gain(likelihood: Likelihood, x: Tensor) -> float:
+    """The largest eigenvalue of A^T Sigma^-1 A, linearised at x (B, *shape)."""
+    linear, noise = likelihood.operator.linearize(x), likelihood.noise
+
+    def product(v: Tensor) -> Tensor:
+        return linear.adjoint(noise.whiten_adjoint(noise.whiten(linear(v))))
+
+    return _largest(product, x)
+
+
+def ends(
+    prior: ScoreModel, likelihood: Likelihood, images: Callable[[int], Tensor], name: str
+) -> tuple[float, float]:
+    """nsr of the last and the first level that a posterior needs, within the prior's process.
+
+    Args:
+        prior: in its own units.
+        likelihood: in the prior's units.
+        images: n -> (n, *shape) rough draws of the prior, in its units.
+        name: of who asks, for messages.
+    """
+    lowest, highest = _range(prior.sde)
+    spread = widest(prior)
+    if spread * _LEAST_ABOVE > highest:
+        warnings.warn(
+            f"{name}: the prior is {spread:.3g} wide (standard deviation of its widest direction) and its process "
+            f"ends at a noise-to-signal ratio of {highest:.3g}, where images are not lost in the noise yet; draws "
+            f"will miss part of the prior. Take a process that reaches {_ABOVE * spread:.3g}.",
+            RangeWarning,
+            stacklevel=3,
+        )
+    rows = likelihood.rows
+    x = images(_STARTS if rows is None else rows)
+    gain = largest_gain(likelihood, x)
+    width = narrowest(prior, x[:_STARTS])
+    finest = 1 / math.sqrt(1 / width**2 + gain) if width > 0 else 0.0
+    high = min(highest, _ABOVE * spread)
+    low = min(max(lowest, _BELOW * finest), 0.1 * high)
+    return _rounded(low, lowest, highest), _rounded(high, lowest, highest)
+
+
+def _rounded(value: float, low: float, high: float) -> float:
+    """To three digits, so that rounding errors do not tell one run from another; within the range."""
+    return min(max(float(f"{value:.3g}"), low), high)
+
+
+def _range(sde: SDE) -> tuple[float, float]:
+    low, high = sde.nsr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _blank(model: ScoreModel, n: int) -> Tensor:
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    return torch.zeros(n, *model.shape, dtype=dtype, device=model.device)
+
+
+def _largest(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """The largest eigenvalue of symmetric matrices, one for each entry of ``like``: the largest of them."""
+    ids = torch.arange(len(like), device=like.device)
+    v = normal(0, ids, 0, tuple(like.shape[1:]), torch.float64).to(like)
+    value = v.new_zeros(len(v))
+    for _ in range(_ITERATIONS):
+        v = v / v.flatten(1).norm(dim=1).clamp_min(1e-300).reshape(-1, *[1] * (v.ndim - 1))
+        image = product(v)
+        value = (v * image).flatten(1).sum(1)
+        v = image
+    return float(value.max())
