@@ -2,9 +2,9 @@ r"""The noise levels between which a posterior is decided, from the model itself
 
 Above the widest scale of the prior an image is lost in the noise, and below the narrowest scale of the posterior the
 noise is lost in the image. Both follow from the Jacobian of the denoiser, J = C_t/nsr^2 in u = x/alpha with C_t the
-covariance of p(x_0 | x_t): at the largest noise C_t is the prior's covariance, so its widest variance is
-nsr^2 lambda_max(J); at the smallest noise a direction of prior variance v has the eigenvalue v/(v + nsr^2), so the
-narrowest is nsr^2 (1 - lambda)/lambda with lambda = lambda_max(1 - J). Eigenvalues come by power iteration.
+covariance of p(x_0 | x_t): a direction of variance v has the eigenvalue j = v/(v + nsr^2), so v = nsr^2 j/(1 - j),
+with the largest j at the largest noise for the widest direction, and the largest 1 - j at the smallest noise for the
+narrowest. Eigenvalues come by power iteration.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RangeWarning(UserWarning):
 def widest(model: ScoreModel) -> float:
     """Standard deviation of the model along its widest direction, in model units, seen at its largest noise.
 
-    An underestimate where that is not well above it.
+    Right for a Gaussian; where the largest noise is not well above it, others look narrower than they are.
     """
     t = torch.tensor(model.sde.t_max, dtype=torch.float64)
     _, nu = levels(model.sde, t)
@@ -48,19 +48,21 @@ def widest(model: ScoreModel) -> float:
     x = model.denoise(x, t).to(x) * float(model.sde.alpha(t))
     _, vjp = model.denoise_vjp(x, t)
     alpha = float(model.sde.alpha(t))
-    return nu * math.sqrt(max(_largest(lambda v: alpha * vjp(v), x), 0.0))
+    kept = min(max(_largest(lambda v: alpha * vjp(v), x), 0.0), 1 - 1e-6)
+    return nu * math.sqrt(kept / (1 - kept))
 
 
 def narrowest(model: ScoreModel, x: Tensor) -> float:
     """Standard deviation of the model along its narrowest direction at images x (B, *shape), in model units.
 
-    0 where the smallest noise of the process does not resolve it.
+    0 where the smallest noise of the process does not resolve it, and at most 1000 times that noise, beyond which 1 - J
+    is lost in rounding errors.
     """
     t = torch.tensor(model.sde.t_min, dtype=torch.float64)
     alpha, nu = levels(model.sde, t)
     _, vjp = model.denoise_vjp(alpha * x, t)
-    left = _largest(lambda v: v - alpha * vjp(v), x)
-    return nu * math.sqrt(max(1 / left - 1, 0.0)) if left > 1e-4 else math.inf
+    left = max(_largest(lambda v: v - alpha * vjp(v), x), 1e-6)
+    return nu * math.sqrt(max(1 / left - 1, 0.0))
 
 
 def largest_gain(likelihood: Likelihood, x: Tensor) -> float:
