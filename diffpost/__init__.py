@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from diffpost import diagnostics, physics, plot
     from diffpost.diagnostics import chi2
     from diffpost.io.checkpoints import load_prior, save_prior
+    from diffpost.recommendation import Recommendation, recommend
 
 __all__ = [
     "DPS",
@@ -99,6 +100,7 @@ __all__ = [
     "Posterior",
     "PredictorCorrector",
     "RangeWarning",
+    "Recommendation",
     "Sampler",
     "Samples",
     "ScoreModel",
@@ -112,13 +114,20 @@ __all__ = [
     "load_prior",
     "physics",
     "plot",
+    "recommend",
     "sample",
     "save_prior",
 ]
 
 # Outside the core, and some heavy to import: resolved when first asked for.
 _MODULES = ("diagnostics", "physics", "plot")
-_LATE = {"chi2": "diagnostics", "load_prior": "io.checkpoints", "save_prior": "io.checkpoints"}
+_LATE = {
+    "Recommendation": "recommendation",
+    "chi2": "diagnostics",
+    "load_prior": "io.checkpoints",
+    "recommend": "recommendation",
+    "save_prior": "io.checkpoints",
+}
 
 
 def __getattr__(name: str) -> Any:

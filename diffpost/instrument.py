@@ -75,6 +75,7 @@ class _Wrapped(ScoreModel):
         self.shape = inner.shape
         self.scale = inner.scale
         self.offset = inner.offset
+        self.analytic = inner.analytic
 
     def __repr__(self) -> str:
         return repr(self.inner)

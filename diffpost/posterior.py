@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffpost.guidance.base import Guidance
-from diffpost.guidance.moment_matching import MomentMatching
+from diffpost.guidance.choice import choose
 from diffpost.likelihood import Likelihood
 from diffpost.score import ScoreModel
 
@@ -30,7 +30,8 @@ class Posterior(ScoreModel):
         prior: the score model of images; its affine map to physical units is the posterior's.
         likelihood: the data, in physical units. Data (B, *data) with a batch axis condition entry b
             on row b, and then every batch must have B entries (``select`` takes rows).
-        guidance: how p_t(y | x) is approximated; None is :class:`MomentMatching`.
+        guidance: how p_t(y | x) is approximated; None is moment matching with what is known of the prior's
+            errors (``diffpost.guidance.choose``; ``diffpost.recommend`` looks further, and says why).
 
     Raises:
         ValueError: the operator does not take images of the prior's shape, or its output is not of
@@ -42,7 +43,8 @@ class Posterior(ScoreModel):
     ) -> None:
         likelihood = likelihood.bind(tuple(prior.shape))
         pulled = likelihood.pullback(prior.scale, prior.offset)
-        self._set(prior, likelihood, pulled, MomentMatching() if guidance is None else guidance)
+        chosen = choose(prior, likelihood).guidance if guidance is None else guidance
+        self._set(prior, likelihood, pulled, chosen)
 
     def _set(
         self, prior: ScoreModel, likelihood: Likelihood, pulled: Likelihood, guidance: Guidance

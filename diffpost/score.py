@@ -16,7 +16,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from torch import Tensor
 from diffpost.mixture import Mixture
 from diffpost.random import normal, uniform
 from diffpost.sde import SDE, as_time, expand
+
+if TYPE_CHECKING:
+    from diffpost.guidance.covariance import Covariance
 
 __all__ = [
     "GaussianMixtureScore",
@@ -57,12 +60,14 @@ class ScoreModel(ABC):
         shape: of one image.
         scale, offset: x_physical = scale x_model + offset; floats, or tensors broadcastable to
             shape.
+        analytic: whether Jacobian products are in closed form, at the price of an evaluation or less.
     """
 
     sde: SDE
     shape: tuple[int, ...]
     scale: float | Tensor = 1.0
     offset: float | Tensor = 0.0
+    analytic: bool = False
 
     @property
     @abstractmethod
@@ -119,6 +124,10 @@ class ScoreModel(ABC):
         Broadcastable to x, or None. Solves with the covariance sigma^2/alpha J are then exact and
         need no VJP.
         """
+        return None
+
+    def error_covariance(self) -> Covariance | None:
+        """A model of Cov[x_0 | x_t] that was measured with this prior, or None."""
         return None
 
     def to_physical(self, x: Tensor) -> Tensor:
@@ -191,6 +200,7 @@ class _Analytic(ScoreModel):
 
     _dtype: torch.dtype
     _device: torch.device
+    analytic = True
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Approximations of the likelihood of the data given a noisy image; one method a file."""
 
 from diffpost.guidance.base import Guidance
+from diffpost.guidance.choice import Choice, choose
 from diffpost.guidance.convolved import Convolved
 from diffpost.guidance.covariance import (
     Covariance,
@@ -14,6 +15,7 @@ from diffpost.guidance.pigdm import PiGDM
 
 __all__ = [
     "DPS",
+    "Choice",
     "Convolved",
     "Covariance",
     "Guidance",
@@ -22,4 +24,5 @@ __all__ = [
     "MomentMatching",
     "PiGDM",
     "SpectralCovariance",
+    "choose",
 ]

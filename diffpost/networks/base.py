@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from diffpost.guidance.covariance import Covariance
+from diffpost.networks.denoising_error import covariance_from_card
 from diffpost.score import ScoreModel
 
 __all__ = ["NetworkModel"]
@@ -17,6 +19,11 @@ class NetworkModel(ScoreModel):
     """A score model that computes in the dtype and on the device of its network's parameters."""
 
     net: nn.Module
+    card: dict[str, Any]
+
+    def error_covariance(self) -> Covariance | None:
+        """What its card holds of its denoising errors (`diffpost.networks.denoising_error`)."""
+        return covariance_from_card(self.card)
 
     @property
     def device(self) -> torch.device:

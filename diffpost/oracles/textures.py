@@ -35,6 +35,8 @@ class FieldMixture(ScoreModel):
         weights: (J,), divided by their sum.
     """
 
+    analytic = True  # products are by autograd, through closed forms
+
     def __init__(self, fields: tuple[GaussianScore, ...], weights: Tensor) -> None:
         self.fields = fields
         self.weights = weights.double() / weights.double().sum()

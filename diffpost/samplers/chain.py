@@ -182,7 +182,7 @@ def conditions(model: ScoreModel, name: str) -> tuple[ScoreModel, Likelihood]:
             f"{name} got {model!r}; expected a Posterior, whose prior and exact likelihood it uses. Sample a "
             "model without data by another sampler."
         )
-    if not _gaussian(model.data.noise):
+    if not has_gaussian_noise(model.data.noise):
         raise ValueError(
             f"{name} got the noise {model.data.noise!r}; expected Gaussian noise, whose covariance its moves "
             "use. Take another sampler."
@@ -190,9 +190,10 @@ def conditions(model: ScoreModel, name: str) -> tuple[ScoreModel, Likelihood]:
     return model.prior, model.data
 
 
-def _gaussian(noise: object) -> bool:
+def has_gaussian_noise(noise: object) -> bool:
+    """Whether noise is Gaussian, all blocks of it."""
     if isinstance(noise, BlockNoise):
-        return all(_gaussian(part) for part in noise.noises)
+        return all(has_gaussian_noise(part) for part in noise.noises)
     return isinstance(noise, GaussianNoise)
 
 

@@ -87,6 +87,20 @@ def ends(
         name: of who asks, for messages.
     """
     lowest, highest = _range(prior.sde)
+    spread = warn_of_range(prior, name)
+    rows = likelihood.rows
+    x = images(_STARTS if rows is None else rows)
+    gain = warn_of_precision(prior, likelihood, x, name)
+    width = narrowest(prior, x[:_STARTS])
+    finest = 1 / math.sqrt(1 / width**2 + gain) if width > 0 else 0.0
+    high = min(highest, _ABOVE * spread)
+    low = min(max(lowest, _BELOW * finest), 0.1 * high)
+    return _rounded(low, lowest, highest), _rounded(high, lowest, highest)
+
+
+def warn_of_range(prior: ScoreModel, name: str) -> float:
+    """The prior's widest standard deviation; a :class:`RangeWarning` where its process does not reach well above it."""
+    _, highest = _range(prior.sde)
     spread = widest(prior)
     if spread * _LEAST_ABOVE > highest:
         warnings.warn(
@@ -96,14 +110,24 @@ def ends(
             RangeWarning,
             stacklevel=3,
         )
-    rows = likelihood.rows
-    x = images(_STARTS if rows is None else rows)
+    return spread
+
+
+def warn_of_precision(prior: ScoreModel, likelihood: Likelihood, x: Tensor, name: str) -> float:
+    """The data's largest gain at images x (B, *shape); a :class:`RangeWarning` where the data are more precise than
+    the smallest noise of the process, which is where every sampler ends.
+    """
+    lowest, _ = _range(prior.sde)
     gain = largest_gain(likelihood, x)
-    width = narrowest(prior, x[:_STARTS])
-    finest = 1 / math.sqrt(1 / width**2 + gain) if width > 0 else 0.0
-    high = min(highest, _ABOVE * spread)
-    low = min(max(lowest, _BELOW * finest), 0.1 * high)
-    return _rounded(low, lowest, highest), _rounded(high, lowest, highest)
+    if gain * lowest**2 > 1:
+        warnings.warn(
+            f"{name}: the data fix some direction of the image to {1 / math.sqrt(gain):.3g} (standard deviation, in the "
+            f"prior's units) and its process ends at a noise-to-signal ratio of {lowest:.3g}; draws will scatter less "
+            "than they should there. Take a process that goes lower, if the prior is known there.",
+            RangeWarning,
+            stacklevel=3,
+        )
+    return gain
 
 
 def _rounded(value: float, low: float, high: float) -> float:

@@ -37,9 +37,10 @@ from torch import Tensor
 
 from diffpost.likelihood import Likelihood
 from diffpost.operators.base import LinearOperator
+from diffpost.random import Noise
 from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State, levels
 from diffpost.samplers.chain import conditions
-from diffpost.samplers.dpm_solver import History, correct, moments, predict
+from diffpost.samplers.dpm_solver import DPMSolver, History, correct, moments, predict
 from diffpost.samplers.particles import effective_size, evidence_error, systematic
 from diffpost.samplers.scales import ends
 from diffpost.score import ScoreModel
@@ -363,8 +364,10 @@ def _eye(like: Tensor) -> Tensor:
 
 def _rough(prior: ScoreModel, n: int) -> Tensor:
     """n quick draws of the prior, in its own units."""
-    from diffpost.sample import sample
-    from diffpost.samplers.dpm_solver import DPMSolver
-
-    draws = sample(prior, n, DPMSolver(16, order=2, eta=1.0), progress=False)
-    return prior.to_model(draws.x.to(prior.device))
+    solver = DPMSolver(16, order=2, eta=1.0)
+    noise = Noise(0, torch.arange(n, device=prior.device))
+    times = solver.times(prior.sde)
+    state = solver.init(prior, noise.at(0), n)
+    for i in range(solver.steps):
+        state = solver.step(prior, state, times[i], times[i + 1], noise.at(i + 1))
+    return state.x
