@@ -16,6 +16,7 @@ With truths from elsewhere prior and sampler are judged together.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -36,7 +37,7 @@ from diffpost.likelihood import Likelihood
 from diffpost.noise import Noise
 from diffpost.operator import Operator
 from diffpost.resume import RunFolder
-from diffpost.sample import _bar
+from diffpost.sample import progress_bar
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.score import ScoreModel
 
@@ -283,7 +284,8 @@ def design(
             f"got {samples} draws of each posterior; {type(experiment.sampler).__name__} makes {group} "
             "together, so expected a multiple of that"
         )
-    return experiment
+    prepared = experiment.sampler.prepared(experiment.posterior())
+    return dataclasses.replace(experiment, sampler=prepared)
 
 
 def perform(
@@ -361,7 +363,7 @@ def _run(
     pool = experiment.prior_pool() if experiment.controls and blocks else None
     parts = experiment.chunks if experiment.block == 1 else 1
     steps = len(experiment.sampler.times(experiment.prior.sde)) - 1
-    with _bar(len(blocks) * parts * steps, progress) as advance:
+    with progress_bar(len(blocks) * parts * steps, progress) as advance:
         for ids in blocks:
             record, cost = experiment.simulate(ids, advance, pool)
             if store is not None:

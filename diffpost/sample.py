@@ -92,11 +92,11 @@ def sample(
     weights: list[Tensor | None] = [done[i].log_weight if i in done else None for i in range(n)]
     spent = [(done[i].calls, done[i].vjps) if i in done else (0, 0) for i in range(n)]
     extras = [dict(done[i].extras) if i in done else {} for i in range(n)]
-    with _bar(len(batches) * (len(sampler.times(model.sde)) - 1), progress) as advance:
+    with progress_bar(len(batches) * (len(sampler.times(model.sde)) - 1), progress) as advance:
         for batch in batches:
             ids = torch.tensor(batch, dtype=torch.int64)
             counter = Counter(len(ids))
-            state = _integrate(model.select(ids), sampler, seed, ids, counter, advance)
+            state = integrate(model.select(ids), sampler, seed, ids, counter, advance)
             result = model.to_physical(state.x).to("cpu")
             log_weights = None if state.log_weights is None else state.log_weights.to("cpu")
             told = {name: values.to("cpu") for name, values in state.extras.items()}
@@ -145,7 +145,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, float) and abs(value) != float("inf") else repr(value)
 
 
-def _integrate(
+def integrate(
     model: ScoreModel,
     sampler: Sampler,
     seed: int,
@@ -219,7 +219,7 @@ def _blame(
 
 
 @contextlib.contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+def progress_bar(total: int, wanted: bool) -> Iterator[Callable[[], None]]:
     """A rich progress bar on a terminal or in a notebook; elsewhere only the counting function."""
     if wanted and total:
         from rich.console import Console

@@ -38,7 +38,7 @@ from diffpost.noise import Noise
 from diffpost.operator import Operator
 from diffpost.posterior import Posterior
 from diffpost.random import normal
-from diffpost.sample import _integrate, describe
+from diffpost.sample import describe, integrate
 from diffpost.samplers import Sampler
 from diffpost.score import ScoreModel
 
@@ -195,7 +195,7 @@ class Experiment:
     def _prior_draws(self, ids: Sequence[int], purpose: int) -> Tensor:
         numbers = torch.tensor(list(ids), dtype=torch.int64)
         with torch.no_grad():
-            state = _integrate(
+            state = integrate(
                 self.prior,
                 self.truth_sampler,
                 _seed(self.seed, purpose),
@@ -233,7 +233,7 @@ class Experiment:
         for part in torch.arange(len(rows)).split(size):
             once = Counter()
             with torch.no_grad():
-                state = _integrate(
+                state = integrate(
                     posterior.select(rows[part]), self.sampler, seed, numbers[part], once, advance
                 )
             x.append(posterior.to_physical(state.x))

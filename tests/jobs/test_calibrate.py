@@ -347,3 +347,25 @@ def test_a_mask_takes_data_away() -> None:
 def test_words_that_cannot_be_read(words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"operator|mask|psf"):
         read_operator(words, (1, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def bimodal() -> dp.GaussianMixtureScore:
+    """Two kinds of 2 x 2 images, between which the sum over the pixels does not decide."""
+    kind = torch.tensor([[[4.0, -4.0], [0.0, 0.0]]], dtype=torch.float64)
+    return dp.GaussianMixtureScore(
+        torch.stack([kind, -kind]), torch.tensor([0.8, 0.2]), 1.0, dp.EDM(1e-3, 100.0)
+    )
+
+
+@pytest.mark.parametrize("sampler", [dp.TwistedSMC(48, 40), dp.DPMSolver(40, eta=1.0)], ids=repr)
+def test_particles_are_calibrated_where_a_convolved_likelihood_is_not(bimodal, sampler) -> None:
+    """One datum that hints at the kind of image: weighted draws pass, one cloud a simulation."""
+    tilted = dp.Matrix(torch.tensor([[1.0, 0.6, 0.3, 0.1]], dtype=torch.float64))
+    statistics = {"contrast": lambda x: (x[..., 0, 0] - x[..., 0, 1])[:, 0]}
+    result = calibrate(
+        bimodal, tilted, dp.GaussianNoise(std=0.5), simulations=150, samples=48, sampler=sampler,
+        guidance=dp.Convolved(), truth_sampler=dp.DPMSolver(100, eta=1.0), statistics=statistics, batch_size=7200,
+        level=0.01, progress=False,
+    )  # fmt: skip
+    assert result.calibrated == isinstance(sampler, dp.TwistedSMC), result.tests
