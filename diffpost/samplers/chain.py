@@ -79,6 +79,11 @@ class Chain(Sampler):
     def group(self) -> int:
         return 1 if self.start is None else self.start.group
 
+    def prepared(self, model: ScoreModel) -> Sampler:
+        if self.start is None:
+            return self
+        return dataclasses.replace(self, start=self.start.prepared(model))
+
     @abstractmethod
     def levels(self, sde: SDE) -> list[float]:
         """The noise-to-signal ratio of every move."""
