@@ -28,7 +28,13 @@ from diffpost.noise import Noise
 from diffpost.operators.algebra import Stack
 from diffpost.operators.base import LinearOperator, Parameter, Shape, numel, on_grid
 
-__all__ = ["WhitenedSolve", "effective_data", "near_solve", "structured_solve"]
+__all__ = [
+    "WhitenedSolve",
+    "counts_effective_data",
+    "effective_data",
+    "near_solve",
+    "structured_solve",
+]
 
 _LARGEST_MATRIX = 1 << 26  # entries of a matrix that is worth decomposing
 _LARGEST_SIDE = 4096
@@ -351,6 +357,16 @@ def effective_data(
     table = share.expand(rows, -1)
     mixed = torch.lerp(table.gather(1, left), table.gather(1, left + 1), place - left)
     return torch.where(q > 0, mixed, 0.0).sum(1)
+
+
+def counts_effective_data(
+    linear: LinearOperator, noise: Noise, input_shape: Shape, data_shape: Shape
+) -> bool:
+    """Whether :func:`effective_data` knows its answer for these."""
+    if noise.weight() is None or len(data_shape) < 2:
+        return False
+    height, width = data_shape[-2:]
+    return linear.near_spectrum(input_shape, on_grid(None), (height, width)) is not None
 
 
 def half(ratio: Tensor) -> Tensor:

@@ -105,3 +105,24 @@ def test_trained_priors():
     few = dp.Likelihood(torch.zeros(1, 4, 4), dp.PixelBin(4), dp.GaussianNoise(std=1.0))
     assert isinstance(choose(bare, few).guidance, MomentMatching)
     assert choose(bare, few).guidance.covariance is None
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        dp.Identity(),
+        dp.PixelBin(2) @ dp.Convolve(torch.ones(3, 3) / 9),
+        dp.Mask(torch.arange(1024).reshape(1, 32, 32) % 3 > 0),
+        dp.Mask(torch.arange(1024).reshape(1, 32, 32) % 3 > 0) @ dp.Convolve(torch.ones(3, 3) / 9),
+        dp.Matrix(torch.eye(100, 1024)),
+        dp.Fourier(),
+    ],
+    ids=repr,
+)
+def test_every_operator_works_with_a_shipped_prior(operator):
+    """The default never refuses an operator: what the structure does not give is left out."""
+    prior = dp.load_prior("galaxies-32")
+    x = torch.zeros(1, *prior.shape)
+    like = dp.Likelihood(operator(x)[0], operator, dp.GaussianNoise(std=0.1), batched=False)
+    draws = dp.sample(dp.Posterior(prior, like), 2, dp.DPMSolver(4), progress=False)
+    assert bool(draws.x.isfinite().all())

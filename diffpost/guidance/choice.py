@@ -16,9 +16,9 @@ from diffpost.guidance.base import Guidance
 from diffpost.guidance.covariance import IsotropicCovariance
 from diffpost.guidance.moment_matching import MomentMatching
 from diffpost.likelihood import Likelihood
-from diffpost.operators.algebra import Stack
-from diffpost.operators.base import numel
+from diffpost.operators.base import LinearOperator, numel
 from diffpost.score import ScoreModel
+from diffpost.structured import counts_effective_data
 
 __all__ = ["Choice", "choose"]
 
@@ -47,8 +47,10 @@ def choose(prior: ScoreModel, likelihood: Likelihood) -> Choice:
         )
     covariance = prior.error_covariance()
     if covariance is not None:
-        # The effective number of data is known for one instrument with independent noise.
-        known = likelihood.noise.weight() is not None and not isinstance(likelihood.operator, Stack)
+        operator = likelihood.operator
+        known = isinstance(operator, LinearOperator) and counts_effective_data(
+            operator, likelihood.noise, tuple(prior.shape), likelihood.data_shape
+        )
         guidance = MomentMatching(
             tol=_TOL,
             max_iter=_MAX_ITER,
