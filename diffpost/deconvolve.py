@@ -24,6 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffpost.diagnostics.misspecification import (
+    HeldOutReference,
+    misspecification,
+    reference_from_card,
+)
 from diffpost.guidance import Guidance, IsotropicCovariance, MomentMatching
 from diffpost.jobs.problem import Grid, ImageLike, Problem, prepare
 from diffpost.jobs.setup import Setup, set_up
@@ -49,6 +54,7 @@ _STEPS = 32
 _SOLVE: dict[str, Any] = {"tol": 1e-3, "max_iter": 1000}
 _ACCURACY = 0.05
 _WHITE = 10.0  # in network units squared
+_JUDGED = 4  # draws by which it is judged whether the target is like what the prior knows
 
 
 def default_inference(prior: ScoreModel, likelihood: Likelihood) -> tuple[Guidance, Sampler]:
@@ -93,7 +99,8 @@ class DeconvolutionResult:
     samples: draws on the whole grid of the model, (n, 1, H, W), in flux per model pixel.
     problem: what was deconvolved; grid: where the cutout lies on the grid of the model.
     likelihood: of the data, in their units; prior: with the flux scale that was used.
-    metrics: how well the draws fit (see `fit_metrics`); timings: in seconds; title: of the picture.
+    metrics: how well the draws fit (see `fit_metrics`), and under misspecification whether they are like what the prior
+        knows (see `likeness`); timings: in seconds; title: of the picture.
     """
 
     samples: Samples
@@ -237,6 +244,7 @@ def solve(
     chosen_guidance, chosen_sampler = default_inference(fitted, likelihood)
     guidance = guidance or chosen_guidance
     sampler = sampler or chosen_sampler
+    reference = reference_from_card(getattr(fitted, "card", None))
     if announce is not None:
         announce(
             f"sampling: {samples} draws on {grid.shape[1]} x {grid.shape[0]} pixels, "
@@ -253,6 +261,8 @@ def solve(
         checkpoint=None if checkpoint is None else os.fspath(checkpoint),
     )
     sampled = time.perf_counter() - start
+    metrics = fit_metrics(problem, grid, likelihood, draws)
+    metrics["misspecification"] = None if reference is None else likeness(draws, fitted, reference)
     return DeconvolutionResult(
         samples=draws,
         problem=problem,
@@ -261,7 +271,7 @@ def solve(
         prior=fitted,
         guidance=guidance,
         sampler=sampler,
-        metrics=fit_metrics(problem, grid, likelihood, draws),
+        metrics=metrics,
         timings={"prepare": prepared, "sample": sampled},
         title=title,
     )
@@ -381,6 +391,21 @@ def fit_metrics(
         },
     }
     return metrics
+
+
+def likeness(draws: Samples, prior: ScoreModel, reference: HeldOutReference) -> dict[str, Any]:
+    """Whether the first draws are like what the prior knows, as JSON values (see `diffpost.diagnostics.misspecification`).
+
+    p_value: the share of held-out images as strange; statistic: in standard deviations; loudest: what is strange.
+    """
+    few = Samples(draws.x[:_JUDGED]) if draws.log_weights is None else draws
+    found = misspecification(few, prior, reference=reference)
+    return {
+        "p_value": float(found.p_value),
+        "statistic": float(found.statistic),
+        "loudest": found.loudest[0],
+        "reference_images": len(reference),
+    }
 
 
 def autocorrelation(residual: Array, dy: int, dx: int) -> float:

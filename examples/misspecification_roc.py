@@ -336,15 +336,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = {"the image itself": directly(prior, reference, kinds)}
     print(table(columns), flush=True)
     kinds = cases(galaxies[: options.galaxies])
+    shown = dict(columns)
     for setting in options.settings:
         width, level = setting.split(":")
+        label = f"PSF {width}, noise {level}"
         alone, together = from_data(prior, reference, kinds, setting)
-        columns[f"draws, PSF {width}, noise {level}"] = alone
-        columns[f"draws and fit, PSF {width}, noise {level}"] = together
+        columns[f"draws, {label}"] = shown[f"two draws, {label}"] = alone
+        columns[f"draws and fit, {label}"] = together
     print(table(columns))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        picture(kinds, columns, options.out / "misspecification.png")
+        picture(kinds, shown, options.out / "misspecification.png")
 
 
 if __name__ == "__main__":

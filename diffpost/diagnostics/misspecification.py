@@ -1,7 +1,7 @@
 r"""Is this image like what the prior knows? An alarm that needs no truth.
 
 A denoiser that never saw such an image errs more on it. At noise-to-signal ratios nu_j, from a fifth
-to seven times the pixels' rms, and averaged over z and -z,
+to thirteen times the pixels' rms, and averaged over z and -z,
 
     e_j^2 = <|x - D(x + nu_j z)|^2>,     total_j = log sum e_j^2,    peak_j = log max e_j^2
 
@@ -55,7 +55,7 @@ __all__ = [
 
 CARD_KEY = "misspecification"
 
-_LEVELS = (0.2, 0.67, 2.0, 6.7)  # in units of the images' rms
+_LEVELS = (0.2, 0.67, 2.0, 6.7, 13.0)  # in units of the images' rms
 _PAIRS = 1  # of noise z and -z
 _FEWEST = 20  # images of a reference
 _TINY = 1e-30
@@ -209,7 +209,7 @@ def heldout_reference(
             at the flux scales and zooms that are meant to pass; n of at least 20, and some hundreds for an alarm at 1%.
             Several crops of one frame are less than several frames. For a prior without held-out images its own draws
             will do: then everything that the prior does not draw is unlike it, be it real.
-        levels: noise-to-signal ratios in the prior's units; None is 0.2, 0.67, 2 and 6.7 times the images' rms.
+        levels: noise-to-signal ratios in the prior's units; None is 0.2, 0.67, 2, 6.7 and 13 times the images' rms.
         seed: of the noise; batch_size: images denoised together.
 
     Raises:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["readable", "report"]
 
+_STRANGE = 0.05  # share of held-out images; of the draws of such images, fewer ring
+
 
 def report(console: Console, result: DeconvolutionResult, path: Path) -> None:
     metrics = result.metrics
@@ -41,8 +43,17 @@ def report(console: Console, result: DeconvolutionResult, path: Path) -> None:
     spread = "" if flux["std"] is None else f" ± {flux['std']:.2g}"
     table.add_row("flux of the model", f"{flux['mean']:.5g}{spread}", result.problem.unit or "", "")
     table.add_row("the same, blurred, over data", f"{flux['model_over_data']:.4f}", "1", "")
+    strange = metrics.get("misspecification")
+    if strange is not None:
+        share = f"{strange['p_value']:.2g}"
+        table.add_row("held-out images as strange", share, f"above {_STRANGE:g}", "")
     console.print()
     console.print(table)
+    if strange is not None and strange["p_value"] <= _STRANGE:
+        console.print(
+            f"\n[yellow]The result is unlike what the prior was trained on[/yellow]: p = {share}. Its error bars "
+            "may be wrong (docs/misspecification.md)."
+        )
     yardstick = max(chi2["sky"] or 1.0, 0.1)
     worst = chi2["mean"] if chi2["target"] is None else chi2["target"]
     if worst > 3 * yardstick:

@@ -6,6 +6,7 @@ Seeds are fixed. Where a rate is tested, the chance that a right implementation 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -16,17 +17,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from astropy.io import fits
+from rich.console import Console
 from scipy.stats import kstest
 from torch import Tensor
 
 import diffpost as dp
 from diffpost.data import shipped
+from diffpost.deconvolve import deconvolve
 from diffpost.diagnostics import (
     HeldOutReference,
     heldout_reference,
     misspecification,
     reference_from_card,
 )
+from diffpost.jobs.report import report
 from diffpost.random import normal
 
 SIDE = 16
@@ -216,6 +220,33 @@ def test_draws_of_a_ring_ring_and_those_of_a_galaxy_do_not(
     reference = reference_from_card(galaxies.card)  # type: ignore[attr-defined]
     alone, _ = roc.from_data(galaxies, reference, kinds, "1:0.01")
     assert alone["sky"][1].tolist() == [False, True, True]
+
+
+def test_the_job_says_so(roc: ModuleType, galaxies: dp.ScoreModel) -> None:
+    """Stars deconvolved with a galaxy prior, and a spiral: what run.json holds and what is printed."""
+    skies = {True: roc.star_field(1, 32).float(), False: hst("spiral_galaxy", 76, 75, 96)}
+    psf = roc.gaussian_psf(1.2)
+    for strange, sky in skies.items():
+        noise = 0.01 * normal(7, torch.arange(1), 0, (1, 32, 32))
+        data = (dp.Convolve(psf)(sky) + noise)[0, 0].double().numpy()
+        result = deconvolve(
+            data,
+            psf.double().numpy(),
+            0.01,
+            prior=galaxies,
+            samples=2,
+            margin=0,
+            background="none",
+            keep_neighbours=True,
+            progress=False,
+        )
+        found = result.metrics["misspecification"]
+        assert json.loads(json.dumps(found))["reference_images"] == 512
+        assert (found["p_value"] <= 0.05) is strange
+        printed = io.StringIO()
+        report(Console(file=printed, width=200), result, Path("out"))
+        assert "held-out images as strange" in printed.getvalue()
+        assert ("unlike what the prior was trained on" in printed.getvalue()) is strange
 
 
 # The interface ----------------------------------------------------------------------------------
