@@ -29,15 +29,12 @@ from diffpost.diagnostics.misspecification import (
     misspecification,
     reference_from_card,
 )
-from diffpost.guidance import Guidance, IsotropicCovariance, MomentMatching
+from diffpost.guidance import Guidance, choose
 from diffpost.jobs.problem import Grid, ImageLike, Problem, prepare
 from diffpost.jobs.setup import Setup, set_up
 from diffpost.likelihood import Likelihood
-from diffpost.networks.denoising_error import covariance_from_card
-from diffpost.networks.precondition import NetworkScore
-from diffpost.networks.score_models import SigmaHeadScore
 from diffpost.noise import GaussianNoise
-from diffpost.operator import Convolve, LinearOperator, PixelBin, Stack
+from diffpost.operator import Convolve, LinearOperator, PixelBin
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
 from diffpost.samplers import DPMSolver, Sampler
@@ -49,41 +46,14 @@ __all__ = ["DeconvolutionResult", "deconvolve", "default_inference"]
 Array = NDArray[np.float64]
 
 _STEPS = 32
-# Linear solves: a twentieth of the standard deviation at a noise level is forgotten at the next, and on a
-# bright target takes several times fewer iterations than a residual of 0.1% would.
-_SOLVE: dict[str, Any] = {"tol": 1e-3, "max_iter": 1000}
-_ACCURACY = 0.05
-_WHITE = 10.0  # in network units squared
 _JUDGED = 4  # draws by which it is judged whether the target is like what the prior knows
 
 
 def default_inference(prior: ScoreModel, likelihood: Likelihood) -> tuple[Guidance, Sampler]:
-    """The guidance and the sampler that the job uses unless told otherwise.
-
-    Moment matching.  A Gaussian prior's Jacobian is known in closed form, and it is exact.  For a
-    network, the denoising error tabulated in the prior's card stands in for the Jacobian, at no
-    VJP; without one, white pixels of a variance above that of any mode, which errs on the side of
-    following the data slowly (with a smaller variance, smooth modes are moved too far in every step and
-    the trajectory breaks up).
+    """The guidance and the sampler that the job uses unless told otherwise: what a `Posterior` takes by
+    itself (`diffpost.guidance.choose`), and `sampler_of(None)`.
     """
-    if not isinstance(prior, NetworkScore | SigmaHeadScore):
-        return MomentMatching(**_SOLVE), sampler_of(None)
-    covariance = covariance_from_card(prior.card)
-    if covariance is not None:
-        # The effective number of data is known for one instrument with independent noise.
-        known = likelihood.noise.weight() is not None and not isinstance(likelihood.operator, Stack)
-        guidance = MomentMatching(
-            **_SOLVE,
-            covariance=covariance,
-            differentiate=False,
-            accuracy=_ACCURACY,
-            enlarge=known,
-        )
-    else:
-        guidance = MomentMatching(
-            **_SOLVE, covariance=IsotropicCovariance(_WHITE), accuracy=_ACCURACY
-        )
-    return guidance, sampler_of(None)
+    return choose(prior, likelihood).guidance, sampler_of(None)
 
 
 def sampler_of(steps: int | None) -> Sampler:
