@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,35 @@ def test_the_oracle_table_is_made() -> None:
     for line in rows:
         cells = [cell.strip() for cell in line.split("|")]
         assert 0.6 < float(cells[3]) < 1.4  # error of the mean of 8 draws over its floor
+
+
+def test_the_benchmarks_resume_and_write_their_tables(tmp_path: Path) -> None:
+    """Three results; the second run repeats only the one whose line was cut off; the page gets their numbers."""
+    docs, out = tmp_path / "docs", tmp_path / "out"
+    docs.mkdir()
+    shutil.copy(_FOLDER.parent / "docs" / "benchmarks.md", docs)
+    script = [sys.executable, "-m", "examples.benchmarks", "--docs", str(docs), "--out", str(out)]
+
+    def run(*more: str) -> str:
+        done = subprocess.run(
+            [*script, *more], check=True, capture_output=True, text=True, cwd=_FOLDER.parent
+        )
+        return done.stdout
+
+    chosen = ("--only", "ring", "exact/MomentMatching, 100/Convolved, 100", "seed 0")
+    assert len(run(*chosen).splitlines()) == 3
+    results = out / "results.jsonl"
+    results.write_text(results.read_text()[:-20])
+    assert len(run(*chosen).splitlines()) == 1
+    assert run(*chosen) == ""
+    run("--tables")
+    page = (docs / "benchmarks.md").read_text()
+    lens = page[page.index("<!-- table lens -->") :]
+    rows = [line.split("|") for line in lens.splitlines() if line.startswith("| ")]
+    ratio = {row[1].strip(): float(row[2]) for row in rows[1:] if "---" not in row[1]}
+    assert 0.5 < ratio["MomentMatching"] < 1.5 < 1.55 < ratio["Convolved"] < 4
+    assert (docs / "images" / "pareto.png").stat().st_size > 10_000
+    assert run(*chosen) == ""  # the page's own results count too
 
 
 @pytest.mark.data

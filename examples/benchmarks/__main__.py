@@ -12,24 +12,28 @@ from __future__ import annotations
 
 import argparse
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from . import mixture, peers
-from .results import Record, Task, append, load
+from . import mixture, peers, picture, problems, tables
+from .results import Record, Task, append, load, store
 
 ROOT = Path(__file__).parents[2]
-VENDORED = ROOT / "docs" / "benchmarks.json"
 
 
-def tasks(problems: int) -> Iterator[Task]:
+def tasks(count: int) -> Iterator[Task]:
     """In the order in which they run."""
-    seeds = range(problems)
+    seeds = range(count)
     yield from mixture.headline(seeds)
+    yield from problems.lens_tasks(range(problems.RING_SEEDS))
+    yield from problems.fields()
+    yield from problems.texture_tasks(range(problems.TEXTURE_SEEDS))
+    yield from problems.field_pareto()
+    yield from mixture.pareto(range(min(count, 6)))
     yield from mixture.others(seeds)
-    yield from mixture.pareto(range(min(problems, 6)))
 
 
 def possible(task: Task) -> bool:
@@ -42,6 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     parser.add_argument(
+        "--docs", type=Path, default=ROOT / "docs", help="with benchmarks.md and benchmarks.json"
+    )
+    parser.add_argument(
         "--only",
         nargs="*",
         default=[],
@@ -52,7 +59,13 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="write docs/benchmarks.md")
     arguments = parser.parse_args()
     path = arguments.out / "results.jsonl"
-    done = load(VENDORED, path)
+    vendored = arguments.docs / "benchmarks.json"
+    done = load(vendored, path)
+    if arguments.tables:
+        store(vendored, done.values())
+        tables.write(arguments.docs / "benchmarks.md", done, arguments.problems)
+        picture.draw(arguments.docs / "images" / "pareto.png", done)
+        return
     missing = {
         task.key: task
         for task in tasks(arguments.problems)
@@ -63,19 +76,23 @@ def main() -> None:
     if arguments.list:
         print("\n".join(task.name for task in missing.values()))
         return
+    broken = 0
     for count, task in enumerate(missing.values(), 1):
         start = time.perf_counter()
-        record: Record = {
-            "part": task.part,
-            "problem": task.problem,
-            "method": task.method,
-            "seed": task.seed,
-            **task.run(),
-        }
+        try:
+            found = task.run()
+        except Exception:  # the others go on; this one is tried again next time
+            print(f"{count}/{len(missing)} {task.name}: {traceback.format_exc()}", flush=True)
+            broken += 1
+            continue
+        names = {"part": task.part, "problem": task.problem}
+        record: Record = {**names, "method": task.method, "seed": task.seed, **found}
         append(path, record)
         seconds = time.perf_counter() - start
         told = record.get("distance", record.get("mean_error", record.get("failed", "")))
         print(f"{count}/{len(missing)} {task.name}: {told} ({seconds:.1f} s)", flush=True)
+    if broken:
+        raise SystemExit(f"{broken} tasks raised; see above")
 
 
 if __name__ == "__main__":

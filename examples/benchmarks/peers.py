@@ -50,13 +50,18 @@ class _Problem:
         self.prior: ScoreModel = setting.prior
         self.operator = setting.likelihood.operator
         self.noise = setting.likelihood.noise
-        self.y = setting.likelihood.y.double().reshape(1, -1)
         self.data_shape = setting.likelihood.data_shape
+        masked = self.noise.masked(self.data_shape)
+        self.seen: Tensor | slice = slice(None)
+        if masked is not None:
+            self.seen = (~masked).expand(self.data_shape).flatten()
+        self.y = setting.likelihood.y.double().reshape(1, -1)[:, self.seen]
         self.counter = Counter()
 
     def forward(self, v: Tensor) -> Tensor:
-        """A v, (B, d) to (B, m)."""
-        return self.operator(v.reshape(-1, *self.prior.shape)).flatten(1)
+        """A v, (B, d) to (B, m), without masked data."""
+        image = v.to(self.prior.dtype).reshape(-1, *self.prior.shape)
+        return self.operator(image).flatten(1).to(v)[:, self.seen]
 
     def denoise(self, v: Tensor, sigma: Tensor) -> Tensor:
         """The exact denoiser at sigma, (B, d); gradients through it are counted."""
@@ -64,7 +69,7 @@ class _Problem:
         inner = v.view_as(v)
         if inner.requires_grad:
             inner.register_hook(self._count)
-        image = inner.double().reshape(-1, *self.prior.shape)
+        image = inner.to(self.prior.dtype).reshape(-1, *self.prior.shape)
         return self.prior.denoise(image, self.prior.sde.t_of_nsr(sigma)).flatten(1).to(v)
 
     def _count(self, gradient: Tensor) -> None:
@@ -72,8 +77,10 @@ class _Problem:
 
     def covariance(self, v: Tensor) -> Tensor:
         """Sigma v, (B, m), for noise that is independent or stationary."""
-        data = v.reshape(-1, *self.data_shape)
-        return self.noise.color(self.noise.color(data)).reshape(v.shape)
+        data = torch.zeros(len(v), math.prod(self.data_shape), dtype=v.dtype)
+        data[:, self.seen] = v
+        data = data.reshape(-1, *self.data_shape)
+        return self.noise.color(self.noise.color(data)).flatten(1)[:, self.seen]
 
     @functools.cached_property
     def variance(self) -> Tensor:
