@@ -22,7 +22,7 @@ from torch import Tensor
 from diffpost.guidance import Guidance, MomentMatching, choose
 from diffpost.likelihood import Likelihood
 from diffpost.networks.denoising_error import CARD_KEY, covariance_from_card, denoising_error
-from diffpost.operators.base import LinearOperator, numel
+from diffpost.operators.base import LinearOperator
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
 from diffpost.samplers import (
@@ -94,7 +94,7 @@ def recommend(prior: ScoreModel, likelihood: Likelihood, seed: int = 0) -> Recom
     reasons: list[str] = []
     choice = choose(prior, likelihood)
     guidance, why = choice.guidance, choice.why
-    many = numel(likelihood.data_shape)
+    many = _count(likelihood)
     if not _knows_its_errors(prior) and many > _FEW_ANALYTIC and len(prior.shape) == 3:
         guidance = _measured(prior, seed)
         why = (
@@ -122,6 +122,12 @@ def recommend(prior: ScoreModel, likelihood: Likelihood, seed: int = 0) -> Recom
     sampler, chi2 = _solver(posterior, seed, reasons)
     pilot = {"seconds": seconds, "reduced_chi2": chi2}
     return Recommendation(guidance, sampler, tuple(reasons), posterior, pilot)
+
+
+def _count(likelihood: Likelihood) -> int:
+    """How many data are not masked, of the fullest row."""
+    count = likelihood.ndata
+    return int(count.max()) if isinstance(count, Tensor) else int(count)
 
 
 def _knows_its_errors(prior: ScoreModel) -> bool:
@@ -159,7 +165,7 @@ def _particles(
     """Twisted SMC, if the data are few and a pilot's particles survive, and their least effective share."""
     prior, likelihood = posterior.prior, posterior.likelihood
     linear = isinstance(likelihood.operator, LinearOperator)
-    count = numel(likelihood.data_shape)
+    count = _count(likelihood)
     few = _FEW_ANALYTIC if prior.analytic else _FEW_NETWORK
     if isinstance(prior, GaussianScore) and linear:
         return None  # moment matching is exact
@@ -203,8 +209,7 @@ def _solver(posterior: Posterior, seed: int, reasons: list[str]) -> tuple[Sample
     exact = isinstance(prior, GaussianScore) and linear
     chosen = DPMSolver(_STEPS, eta=1.0)
     reduced = _reduced_chi2(posterior, chosen, seed)
-    count = numel(likelihood.data_shape)
-    allowed = 1 + 5 * math.sqrt(2 / count)
+    allowed = 1 + 5 * math.sqrt(2 / max(_count(likelihood), 1))
     if not exact and reduced > allowed:
         chosen = DPMSolver(2 * _STEPS, eta=1.0)
         before, reduced = reduced, _reduced_chi2(posterior, chosen, seed)

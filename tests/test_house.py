@@ -183,3 +183,15 @@ def test_public_names_resolve() -> None:
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = diffpost.no_such_name
     assert set(diffpost.__all__) <= set(dir(diffpost))
+
+
+def test_every_package_is_shipped() -> None:
+    """A wheel holds what pyproject.toml lists, and nothing tells of a folder that was forgotten."""
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "diffpost").rglob("__init__.py")
+    }
+    assert found | {"diffpost.kernels"} == set(listed)

@@ -43,6 +43,7 @@ def test_few_data_get_particles(oracle):
     n = advice.sampler.particles
     draws = dp.sample(advice.posterior, n, advice.sampler, seed=1, progress=False)
     off = float(draws.extras["log_evidence"][0]) - oracle.log_evidence
+    assert float(draws.extras["log_evidence_error"][0]) < 0.2
     assert abs(off) < 4.5 * float(draws.extras["log_evidence_error"][0]) + 0.02
 
 
@@ -71,6 +72,17 @@ def test_particles_that_collapse_are_not_advised():
     assert not isinstance(advice.sampler, dp.TwistedSMC)
     assert "collapsed in the pilot" in str(advice)
     assert "goes lower" in str(advice)
+
+
+def test_masked_data_do_not_count():
+    """An image of which twelve pixels were seen has twelve data."""
+    std = torch.full((1, 20, 20), torch.inf, dtype=torch.float64)
+    std[0, 4:7, 3:7] = 0.5
+    prior = textures(20).prior
+    y = torch.zeros(1, 20, 20, dtype=torch.float64)
+    advice = dp.recommend(prior, dp.Likelihood(y, dp.Identity(), dp.GaussianNoise(std=std)))
+    assert isinstance(advice.sampler, dp.TwistedSMC)
+    assert "12 data are few" in str(advice)
 
 
 def test_many_data_of_a_cheap_prior_end_with_chains():

@@ -213,7 +213,10 @@ class Experiment:
             self.real_noise.sample(shape, _seed(self.seed, _NOISE, i) >> 1, clean.dtype)
             for i in ids
         ]
-        return clean + torch.stack(noise).to(clean.device)
+        y = clean + torch.stack(noise).to(clean.device)
+        # What is masked must not be there to look at: its noise is infinite, so `sample` gives none.
+        hidden = self.noise.masked(shape)
+        return y if hidden is None else y.masked_fill(hidden.to(y.device), math.nan)
 
     def _draws(
         self,
@@ -231,7 +234,7 @@ class Experiment:
         size = self._chunk if len(ids) == 1 else len(rows)
         x, weights = [], []
         for part in torch.arange(len(rows)).split(size):
-            once = Counter()
+            once = Counter(len(part))
             with torch.no_grad():
                 state = integrate(
                     posterior.select(rows[part]), self.sampler, seed, numbers[part], once, advance

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["effective_size", "evidence_error", "systematic"]
+__all__ = ["effective_ancestors", "effective_size", "evidence_error", "systematic"]
+
+_FEWEST = 4.0  # ancestors, below which a genealogy does not tell an error
 
 
 def effective_size(log_weights: Tensor) -> Tensor:
@@ -29,20 +31,30 @@ def systematic(log_weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(edges / edges[:, -1:], place).clamp_max(count - 1)
 
 
+def effective_ancestors(log_weights: Tensor, ancestors: Tensor) -> Tensor:
+    """1/sum_e W_e^2, with W_e the weight of all that descend from the first particle e: (C, N) to (C,).
+
+    How many of the first particles the draws come from; like the effective size, but it remembers all resamplings.
+    """
+    weights = torch.softmax(log_weights, 1)
+    shares = torch.zeros_like(weights).scatter_add_(1, ancestors, weights)
+    return 1 / shares.square().sum(1)
+
+
 def evidence_error(log_weights: Tensor, ancestors: Tensor) -> Tensor:
-    """Standard error of log Z from one run, by its genealogy: (C, N) to (C,).
+    """Standard error of log Z from one run, by its genealogy: (C, N) to (C,); infinite where few ancestors are left.
 
     With W_e the final weight of all that descend from the first particle e, the relative variance of Z is about
     N/(N - 1) (sum_e W_e^2 - 1/N).  Lee & Whiteley (2018, arXiv:1509.00394, equation 2) subtract 1/N for every
     resampling as well, which is right for independent resampling; systematic resampling scatters less, so that
-    theirs becomes negative. This one errs on the large side.
+    theirs becomes negative. This one errs on the large side where many ancestors are left. It cannot exceed 1, so
+    with fewer than 4 effective ancestors, when it would be above 0.5 and says nothing, it is infinite.
 
     Args:
         log_weights: (C, N), not normalised.
         ancestors: (C, N) the first particle from which each descends, 0 to N - 1.
     """
     count = log_weights.shape[1]
-    weights = torch.softmax(log_weights, 1)
-    shares = torch.zeros_like(weights).scatter_add_(1, ancestors, weights)
-    variance = (shares.square().sum(1) - 1 / count) * count / max(count - 1, 1)
-    return variance.clamp_min(0).sqrt()
+    left = effective_ancestors(log_weights, ancestors)
+    variance = (1 / left - 1 / count) * count / max(count - 1, 1)
+    return torch.where(left < min(_FEWEST, count), torch.inf, variance.clamp_min(0).sqrt())

@@ -89,7 +89,10 @@ def ends(
     lowest, highest = _range(prior.sde)
     spread = warn_of_range(prior, name)
     rows = likelihood.rows
-    x = images(_STARTS if rows is None else rows)
+    if rows is not None:  # of many observations some
+        ids = torch.linspace(0, rows - 1, min(_STARTS, rows)).long()
+        likelihood = likelihood.select(ids)
+    x = images(_STARTS if rows is None else len(ids))
     gain = warn_of_precision(prior, likelihood, x, name)
     width = narrowest(prior, x[:_STARTS])
     finest = 1 / math.sqrt(1 / width**2 + gain) if width > 0 else 0.0

@@ -41,7 +41,12 @@ from diffpost.random import Noise
 from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State, levels
 from diffpost.samplers.chain import conditions
 from diffpost.samplers.dpm_solver import DPMSolver, History, correct, moments, predict
-from diffpost.samplers.particles import effective_size, evidence_error, systematic
+from diffpost.samplers.particles import (
+    effective_ancestors,
+    effective_size,
+    evidence_error,
+    systematic,
+)
 from diffpost.samplers.scales import ends
 from diffpost.score import ScoreModel
 
@@ -109,13 +114,16 @@ class TwistedSMC(Sampler):
     Draws come in clouds of ``particles``: n must be a multiple, and consecutive draws are one cloud, so data with a
     batch axis must have equal rows within a cloud (``Likelihood.repeat``), one observation to a cloud. Draws have
     weights (``Samples.log_weights``), by which several clouds of one observation are pooled according to their
-    evidence. ``Samples.extras`` tells of each draw's cloud ``log_evidence``, the estimate of log p(y), and
-    ``log_evidence_error``, its standard error; and ``ess`` (n, steps + 1), the effective number of particles at
-    every level, before resampling, and of the clean images. The guidance of the posterior is not used.
+    evidence; clouds of rows of their own each weigh the same. ``Samples.extras`` tells of each draw's cloud
+    ``log_evidence``, the estimate of log p(y), and ``log_evidence_error``, its standard error, infinite where it is not
+    known; ``ess`` (n, steps + 1), the effective number of particles at every level, before resampling, and of the
+    clean images; and ``ancestors``, how many of the first particles are behind the draws. The guidance of the
+    posterior is not used.
 
     Exact as particles go to infinity, for a prior as the sampler would draw it without data and any Gaussian noise; the twist's error costs
-    effective particles only. The cost is one denoiser call and m Jacobian products a step, for m data. With
-    thousands of data all weights fall on one particle: hence the limit of 256 data.
+    effective particles only. The cost is one denoiser call and m Jacobian products a step, and the memory m images a
+    particle, for m data. Already with tens of sharp data weights fall on few particles, and with thousands on one:
+    hence the limit of 256 data.
 
     Args:
         particles: in a cloud, at least 2.
@@ -161,6 +169,11 @@ class TwistedSMC(Sampler):
     def prepared(self, model: ScoreModel) -> TwistedSMC:
         """With the ends of the grid decided, and the data checked."""
         prior, likelihood = conditions(model, "TwistedSMC")
+        if prior.rows is not None:
+            raise ValueError(
+                f"TwistedSMC: got the prior {prior!r}, itself with data of {prior.rows} rows; expected one prior for "
+                "all particles. Join the data: likelihood + likelihood."
+            )
         self._check(likelihood)
         if self.nsr_min is not None and self.nsr_max is not None:
             return self
@@ -175,16 +188,20 @@ class TwistedSMC(Sampler):
 
     def _check(self, likelihood: Likelihood) -> None:
         count = math.prod(likelihood.data_shape)
-        if count > _MOST_DATA:
+        if len(_seen(likelihood)) > _MOST_DATA:
             raise ValueError(
-                f"TwistedSMC: got {count} data; expected at most {_MOST_DATA}. With more, all weights fall on one "
+                f"TwistedSMC: got {len(_seen(likelihood))} data; expected at most {_MOST_DATA}. With more, all weights fall on one "
                 "particle, and every step takes a Jacobian product for each. Take MomentMatching, and MALA after it."
             )
         if likelihood.rows is not None:
             y = likelihood.y.reshape(-1, count)
             whole = len(y) % self.particles == 0
             clouds = y.reshape(-1, self.particles, count) if whole else y[:, None]
-            if not whole or not bool((clouds == clouds[:, :1]).all()):
+            # the noise of each datum too
+            seen = likelihood.noise.whiten(torch.ones_like(likelihood.y)).reshape(y.shape)
+            noises = seen.reshape(clouds.shape)
+            same = (clouds == clouds[:, :1]).all() & (noises == noises[:, :1]).all()
+            if not whole or not bool(same):
                 raise ValueError(
                     f"TwistedSMC: got data of {len(y)} rows that differ within a cloud of {self.particles}; expected "
                     "one observation to a cloud: likelihood.repeat(particles)."
@@ -219,8 +236,9 @@ class TwistedSMC(Sampler):
         alpha, nu = levels(model.sde, t)
         denoised = history[0][1]
         if s == CLEAN:
-            exact = likelihood.log_prob(denoised).double()
-            return self._finished(state, denoised, state.log_weights + exact - twist.log_evidence)
+            final = _log_likelihood(likelihood, denoised)
+            weights = state.log_weights + final - twist.log_evidence
+            return self._finished(state, denoised, weights, pooled=likelihood.rows is None)
         u = state.x / alpha
         alpha, new = levels(model.sde, s)
         h = math.log(nu / new)
@@ -262,29 +280,40 @@ class TwistedSMC(Sampler):
             sizes=(*state.sizes, size),
         )
 
-    def _finished(self, state: _Particles, clean: Tensor, log_weights: Tensor) -> State:
+    def _finished(
+        self, state: _Particles, clean: Tensor, log_weights: Tensor, pooled: bool
+    ) -> State:
         weights = log_weights.reshape(-1, self.particles)
         total = weights.logsumexp(1)
         evidence = state.log_evidence + total - math.log(self.particles)
-        error = evidence_error(weights, state.ancestors.reshape(weights.shape))
+        first = state.ancestors.reshape(weights.shape)
+        error = evidence_error(weights, first)
         sizes = torch.stack([*state.sizes, effective_size(weights)], 1)
-        pooled = weights - (total - evidence)[:, None]
-        self._report(sizes, error)
-        told = {"log_evidence": evidence, "log_evidence_error": error, "ess": sizes}
+        # Clouds of one observation count by their evidence, those of different ones alike.
+        shared = evidence[:, None] if pooled else 0.0
+        weights = weights - total[:, None] + shared
+        left = effective_ancestors(log_weights.reshape(-1, self.particles), first)
+        self._report(sizes, left)
+        told = {
+            "log_evidence": evidence,
+            "log_evidence_error": error,
+            "ess": sizes,
+            "ancestors": left,
+        }
         extras = {k: v.repeat_interleave(self.particles, 0) for k, v in told.items()}
-        return State(clean, log_weights=pooled.reshape(-1), extras=extras)
+        return State(clean, log_weights=weights.reshape(-1), extras=extras)
 
-    def _report(self, sizes: Tensor, error: Tensor) -> None:
+    def _report(self, sizes: Tensor, ancestors: Tensor) -> None:
         """Warns of clouds that collapsed: at some level, or by descent."""
         least, at = sizes.min(1)
-        worst = int(least.argmin())
-        bad = (least < max(_COLLAPSED * self.particles, 2)) | (error > 1)
+        bad = (least < max(_COLLAPSED * self.particles, 2)) | (ancestors < 4)
         if bool(bad.any()):
+            worst = int(least.argmin())
             warnings.warn(
-                f"TwistedSMC: {int(bad.sum())} of {len(sizes)} clouds collapsed; the worst had an effective size of "
-                f"{float(least[worst]):.1f} of {self.particles} at level {int(at[worst]) + 1} of {sizes.shape[1]}, and "
-                f"log evidence is uncertain by up to {float(error.max()):.2g}. Its draws repeat few of each other. "
-                "Take more particles or steps, or fewer data.",
+                f"TwistedSMC: {int(bad.sum())} of {len(sizes)} clouds collapsed: the least effective size was "
+                f"{float(least[worst]):.1f} of {self.particles}, at level {int(at[worst]) + 1} of {sizes.shape[1]}, and as few as "
+                f"{float(ancestors.min()):.1f} of the first particles are behind all draws of a cloud. Its draws repeat "
+                "each other. Take more particles or steps, or fewer data.",
                 CollapseWarning,
                 stacklevel=4,
             )
@@ -298,23 +327,42 @@ def _twist(
     denoised, vjp = prior.denoise_vjp(alpha * u, t)
     noise, linear = likelihood.noise, likelihood.operator.linearize(denoised)
     residual = likelihood.residual(denoised)
-    white = noise.whiten(residual).flatten(1).double()
-    same = isinstance(likelihood.operator, LinearOperator) and likelihood.rows is None
+    seen = _seen(likelihood)
+    white = noise.whiten(residual).flatten(1).double()[:, seen]
+    constant = noise.log_prob(torch.zeros_like(residual)).double()
+    # A linear operator with the same noise everywhere sees each datum alike for all particles.
+    alike = isinstance(likelihood.operator, LinearOperator) and likelihood.rows is None
     columns, spread, gram = [], [], []
-    for j in range(white.shape[1]):
-        unit = torch.zeros_like(residual)
+    for j in seen:
+        unit = torch.zeros_like(residual[: 1 if alike else None])
         unit.flatten(1)[:, j] = 1
         image = linear.adjoint(noise.whiten_adjoint(unit))
-        column = alpha * nu**2 * vjp(image)
+        column = alpha * nu**2 * vjp(image.expand_as(denoised))
         columns.append(column.flatten(1))
-        spread.append(noise.whiten(linear(column)).flatten(1).double())
-        gram.append(noise.whiten(linear(image)).flatten(1).double()[: 1 if same else None])
+        spread.append(noise.whiten(linear(column)).flatten(1).double()[:, seen])
+        gram.append(noise.whiten(linear(image)).flatten(1).double()[:, seen])
     m = _positive(torch.stack(spread, 1))
-    excess = _log_normal(white, m + _eye(m)) + 0.5 * white.square().sum(1)
-    log_evidence = noise.log_prob(residual).double() + excess
+    log_evidence = constant + _log_normal(white, m + _eye(m))
     return denoised.to(u.dtype), _Twist(
         white, torch.stack(columns, 1), m, torch.stack(gram, 1), log_evidence
     )
+
+
+def _log_likelihood(likelihood: Likelihood, x: Tensor) -> Tensor:
+    """log p(y | x), (B,); chi^2 is summed in float64, whatever x is."""
+    residual = likelihood.residual(x)
+    white = likelihood.noise.whiten(residual).flatten(1).double()
+    constant = likelihood.noise.log_prob(torch.zeros_like(residual)).double()
+    return constant - 0.5 * white.square().sum(1)
+
+
+def _seen(likelihood: Likelihood) -> list[int]:
+    """Which of the flattened data are not masked, in any row."""
+    gone = likelihood.noise.masked(likelihood.data_shape)
+    count = math.prod(likelihood.data_shape)
+    if gone is None:
+        return list(range(count))
+    return (~gone.reshape(-1, count)).any(0).nonzero()[:, 0].tolist()
 
 
 def _guided(

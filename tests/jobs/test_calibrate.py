@@ -369,3 +369,23 @@ def test_particles_are_calibrated_where_a_convolved_likelihood_is_not(bimodal, s
         level=0.01, progress=False,
     )  # fmt: skip
     assert result.calibrated == isinstance(sampler, dp.TwistedSMC), result.tests
+
+
+def test_masked_data_do_not_reach_what_is_judged(prior) -> None:
+    """What a mask hides leaves no trace in the data, nor in the reference points made of them."""
+    std = torch.full((1, SIZE, SIZE), NOISE)
+    std[..., ::2] = torch.inf
+    experiment = design(
+        prior, OPERATOR, dp.GaussianNoise(std=std), simulations=8, samples=8, sampler=COARSE, seed=3
+    )
+    truths = experiment.draw_truths(range(8))
+    y = experiment._data(truths, range(8))
+    assert bool(y[..., ::2].isnan().all()) and not bool(y[..., 1::2].isnan().any())
+    references = experiment._references(experiment.posterior(y).likelihood, range(8))
+    assert bool(references.isfinite().all())
+
+
+def test_a_mask_is_calibrated(prior) -> None:
+    std = torch.full((1, SIZE, SIZE), NOISE)
+    std[..., ::2] = torch.inf
+    assert run(prior, noise=dp.GaussianNoise(std=std), simulations=60).calibrated

@@ -13,10 +13,15 @@ from diffpost.oracles import gaussian_mixture, ring
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
 from diffpost.samplers import CollapseWarning, DPMSolver, Heun, RangeWarning, TwistedSMC
-from diffpost.samplers.particles import effective_size, evidence_error, systematic
+from diffpost.samplers.particles import (
+    effective_ancestors,
+    effective_size,
+    evidence_error,
+    systematic,
+)
 from diffpost.samplers.scales import largest_gain, narrowest, widest
 from diffpost.score import GaussianMixtureScore, GaussianScore
-from diffpost.sde import EDM, VP
+from diffpost.sde import EDM, TSVE, VP
 
 F64 = torch.float64
 
@@ -139,6 +144,7 @@ def test_nonlinear():
     assert accepts(draws, oracle.mean, oracle.cov)
     assert not accepts(draws, oracle.mean, 1.3 * oracle.cov)
     off = float(draws.extras["log_evidence"][0]) - oracle.log_evidence
+    assert float(draws.extras["log_evidence_error"][0]) < 0.1
     assert abs(off) < 4.5 * float(draws.extras["log_evidence_error"][0]) + 0.01
 
 
@@ -180,6 +186,33 @@ def test_collapse_is_told():
     with pytest.warns(CollapseWarning, match="effective size"):
         draws = sample(Posterior(oracle.prior, sharp), 64, TwistedSMC(64, 3), progress=False)
     assert float(draws.extras["ess"].min()) < 2
+
+
+def test_collapse_by_descent_is_told():
+    """Resampling at every level keeps the effective size up while all but few ancestors die out."""
+    oracle = gaussian_mixture(8, 6, seed=1)
+    with pytest.warns(CollapseWarning, match="first particles"):
+        draws = sample(oracle.posterior(), 16, TwistedSMC(16, 100, ess=1.0), seed=1, progress=False)
+    assert float(draws.extras["ancestors"][0]) < 4
+    assert bool(draws.extras["log_evidence_error"].isinf().all())
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("sde", [EDM(1e-3, 80.0), TSVE(1e-3, 80.0)], ids=repr)
+def test_float32_images_in_physical_units(sde, scale):
+    """A prior of images (1, 2, 2) in float32 with a scale and an offset, a masked datum, another process."""
+    prior = GaussianScore(torch.zeros(1, 2, 2), var=1.0, sde=sde).with_affine(scale, 5.0)
+    std = torch.tensor([[[0.01, 0.5], [torch.inf, 0.5]]])
+    y = torch.tensor([[[6.0, 4.0], [torch.nan, 5.0]]])
+    posterior = Posterior(prior, Likelihood(y, Identity(), GaussianNoise(std=std), batched=False))
+    draws = sample(posterior, 2000, TwistedSMC(2000, 80), seed=3, progress=False)
+    gain = torch.where(std.isinf(), 0.0, scale**2 / (scale**2 + std.square())).double().flatten()
+    mean = 5 + gain * (y.nan_to_num(0.0).double().flatten() - 5)
+    assert accepts(draws, mean, (scale**2 * (1 - gain)).diag())
+    total = (scale**2 + std.double().square()).flatten()[[0, 1, 3]]
+    exact = torch.distributions.Normal(5.0, total.sqrt()).log_prob(y.double().flatten()[[0, 1, 3]])
+    assert abs(float(draws.extras["log_evidence"][0]) - float(exact.sum())) < 0.05
+    assert draws.vjps < 80 * 3 + 5
 
 
 def test_scales():
@@ -233,9 +266,12 @@ def test_resampling():
         counts += count
     torch.testing.assert_close(counts / 1000, 4 * weights, atol=2e-3, rtol=0)
     assert float(effective_size(weights.log())[1]) == pytest.approx(4)
-    ancestors = torch.tensor([[0, 1, 2, 3], [0, 0, 0, 0]])
-    errors = evidence_error(torch.zeros(2, 4, dtype=F64), ancestors)
-    torch.testing.assert_close(errors, torch.tensor([0.0, 1.0], dtype=F64))
+    ancestors = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 1, 2, 3], [0, 0, 0, 0, 0]])
+    alike = torch.zeros(3, 5, dtype=F64)
+    left = effective_ancestors(alike, ancestors)
+    torch.testing.assert_close(left, torch.tensor([5.0, 25 / 7, 1.0], dtype=F64))
+    errors = evidence_error(alike, ancestors)
+    assert float(errors[0]) < 1e-6 and bool(errors[1:].isinf().all())  # too few ancestors to tell
 
 
 def test_errors():
