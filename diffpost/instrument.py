@@ -66,7 +66,7 @@ def counted(model: ScoreModel, counter: Counter) -> ScoreModel:
     return Counted(model, counter)
 
 
-class _Wrapped(ScoreModel):
+class Wrapped(ScoreModel):
     """A model that answers as another, in its units."""
 
     def __init__(self, inner: ScoreModel) -> None:
@@ -90,7 +90,7 @@ class _Wrapped(ScoreModel):
 
 
 @final
-class Counted(_Wrapped):
+class Counted(Wrapped):
     """Counts evaluations and Jacobian products."""
 
     def __init__(self, inner: ScoreModel, counter: Counter) -> None:
@@ -127,7 +127,7 @@ class Counted(_Wrapped):
 
 
 @final
-class Probe(_Wrapped):
+class Probe(Wrapped):
     """Raises :class:`NonFiniteError` as soon as an answer is not finite, naming the term at
     fault.
     """

@@ -19,9 +19,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffpost.guidance import Guidance, MomentMatching, choose
+from diffpost.guidance import Guidance, choose
+from diffpost.guidance.choice import tabulated
 from diffpost.likelihood import Likelihood
-from diffpost.networks.denoising_error import CARD_KEY, covariance_from_card, denoising_error
+from diffpost.networks.denoising_error import covariance_from_table, denoising_error
 from diffpost.operators.base import LinearOperator
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
@@ -139,10 +140,7 @@ def _measured(prior: ScoreModel, seed: int) -> Guidance:
     draws = sample(prior, _TABLE_DRAWS, DPMSolver(24, eta=1.0), seed=seed, progress=False)
     images = prior.to_model(draws.x.to(prior.device)).cpu()
     table = denoising_error(prior, images, bins=min(16, min(prior.shape[-2:]) // 2), seed=seed)
-    covariance = covariance_from_card({CARD_KEY: table})
-    return MomentMatching(
-        tol=1e-3, max_iter=1000, covariance=covariance, differentiate=False, accuracy=0.05
-    )
+    return tabulated(covariance_from_table(table))
 
 
 def _seconds(prior: ScoreModel) -> float:

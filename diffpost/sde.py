@@ -99,6 +99,13 @@ class SDE(ABC):
         """Noise-to-signal ratio sigma/alpha."""
         return self.sigma(t) / self.alpha(t)
 
+    @property
+    def nsr_range(self) -> tuple[float, float]:
+        """Noise-to-signal ratios at t_min and t_max."""
+        ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64)
+        low, high = self.nsr(ends).tolist()
+        return low, high
+
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha^2/sigma^2, in variance."""
         return (self.alpha(t) / self.sigma(t)) ** 2
@@ -139,8 +146,7 @@ class SDE(ABC):
             raise ValueError(
                 f"time_grid(rho={rho}): expected a positive number, or None for log spacing."
             )
-        ends = torch.tensor([self.t_min, self.t_max], dtype=torch.float64)
-        lowest, highest = self.nsr(ends).tolist()
+        lowest, highest = self.nsr_range
         low = lowest if nsr_min is None else float(nsr_min)
         high = highest if nsr_max is None else float(nsr_max)
         slack = 1e-9  # a limit that went through t_of_nsr comes back with round-off

@@ -10,10 +10,9 @@ import argparse
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from diffpost.diagnostics import chi2
 from diffpost.guidance import (
@@ -27,34 +26,10 @@ from diffpost.guidance import (
     SpectralCovariance,
 )
 from diffpost.instrument import NonFiniteError
-from diffpost.oracles import FieldOracle, gaussian_field
+from diffpost.oracles import AsNetwork, FieldOracle, gaussian_field
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
 from diffpost.samplers import DPMSolver, EulerMaruyama, Heun, PredictorCorrector, Sampler
-from diffpost.score import ScoreModel
-
-
-class AsNetwork(ScoreModel):
-    """The same prior without what only a closed form knows: like a network, it has VJPs alone."""
-
-    def __init__(self, inner: ScoreModel) -> None:
-        self.inner = inner
-        self.sde, self.shape = inner.sde, inner.shape
-        self.scale, self.offset = inner.scale, inner.offset
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.inner.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.inner.denoise(x, t)
-
-    def denoise_vjp(self, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        return self.inner.denoise_vjp(x, t)
 
 
 def error_spectra(oracle: FieldOracle) -> SpectralCovariance:

@@ -137,9 +137,7 @@ def coverage(
         # A chain, not a permutation: the reference of i is then free of all that follows it.
         references = torch.cat([torch.zeros_like(truths[:1]), truths[:-1]])
     fractions = tarp_fraction(samples, truths, references, seed, weights=weights)
-    draws: float = samples.shape[1]
-    if weights is not None:
-        draws = float(_effective(torch.as_tensor(weights).double()).mean())
+    draws = _draws(samples.shape[1], weights)
     return coverage_from_fractions(
         fractions, draws, alphas=alphas, bootstrap=bootstrap, level=level, seed=seed
     )
@@ -235,9 +233,7 @@ def hpd_coverage(
         ValueError: shapes that do not fit, or values that are NaN or +inf.
     """
     fractions = hpd_fraction(log_prob_samples, log_prob_truths, seed, weights=weights)
-    draws: float = torch.as_tensor(log_prob_samples).shape[1]
-    if weights is not None:
-        draws = float(_effective(torch.as_tensor(weights).double()).mean())
+    draws = _draws(torch.as_tensor(log_prob_samples).shape[1], weights)
     return coverage_from_fractions(
         fractions, draws, alphas=alphas, bootstrap=bootstrap, level=level, seed=seed
     )
@@ -309,6 +305,13 @@ def _check_draws(name: str, samples: Tensor, truths: Tensor) -> None:
             f"{name}: samples {shape} and truths {tuple(truths.shape)}; expected (sims, draws, *shape) and "
             "(sims, *shape)."
         )
+
+
+def _draws(count: int, weights: Tensor | None) -> float:
+    """Draws per simulation; with weights, the mean effective number."""
+    if weights is None:
+        return count
+    return float(_effective(torch.as_tensor(weights).double()).mean())
 
 
 def _effective(weights: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import final
 
 from diffpost.guidance.base import Guidance
-from diffpost.guidance.covariance import IsotropicCovariance
+from diffpost.guidance.covariance import Covariance, IsotropicCovariance
 from diffpost.guidance.moment_matching import MomentMatching
 from diffpost.likelihood import Likelihood
 from diffpost.operators.base import LinearOperator, numel
 from diffpost.score import ScoreModel
 from diffpost.structured import counts_effective_data
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "choose", "tabulated"]
 
 # Linear solves: a twentieth of the standard deviation at a noise level is forgotten at the next, and on a
 # bright target takes several times fewer iterations than a residual of 0.1% would.
@@ -38,6 +38,18 @@ class Choice:
     why: str
 
 
+def tabulated(covariance: Covariance, *, enlarge: bool = False) -> MomentMatching:
+    """Moment matching with a table of denoising errors in the Jacobian's place."""
+    return MomentMatching(
+        tol=_TOL,
+        max_iter=_MAX_ITER,
+        covariance=covariance,
+        differentiate=False,
+        accuracy=_ACCURACY,
+        enlarge=enlarge,
+    )
+
+
 def choose(prior: ScoreModel, likelihood: Likelihood) -> Choice:
     """The guidance for a prior and data, from their structure alone; nothing is evaluated."""
     if prior.analytic:
@@ -51,16 +63,8 @@ def choose(prior: ScoreModel, likelihood: Likelihood) -> Choice:
         known = isinstance(operator, LinearOperator) and counts_effective_data(
             operator, likelihood.noise, tuple(prior.shape), likelihood.data_shape
         )
-        guidance = MomentMatching(
-            tol=_TOL,
-            max_iter=_MAX_ITER,
-            covariance=covariance,
-            differentiate=False,
-            accuracy=_ACCURACY,
-            enlarge=known,
-        )
         return Choice(
-            guidance,
+            tabulated(covariance, enlarge=known),
             "the prior keeps a table of its denoising errors, which stands in for the Jacobian at one network call a "
             "step and no product with it",
         )

@@ -25,7 +25,7 @@ from diffpost.guidance.covariance import (
 from diffpost.random import normal
 from diffpost.score import ScoreModel
 
-__all__ = ["CARD_KEY", "covariance_from_card", "denoising_error"]
+__all__ = ["CARD_KEY", "covariance_from_card", "covariance_from_table", "denoising_error"]
 
 CARD_KEY = "denoising_error"
 
@@ -130,8 +130,11 @@ def _amplitudes(error: Tensor, left: Tensor, weight: Tensor, nodes: int) -> Tens
 def covariance_from_card(card: Mapping[str, Any]) -> LocalCovariance | None:
     """The covariance that a prior's card holds under `denoising_error`, or None."""
     table = card.get(CARD_KEY)
-    if table is None:
-        return None
+    return None if table is None else covariance_from_table(table)
+
+
+def covariance_from_table(table: Mapping[str, Any]) -> LocalCovariance:
+    """The covariance of what `denoising_error` measured."""
     nsr, k, spectrum, brightness, amplitude = (
         torch.tensor(table[key], dtype=torch.float64)
         for key in ("nsr", "k", "spectrum", "brightness", "amplitude")

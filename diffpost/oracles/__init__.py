@@ -2,6 +2,7 @@
 
 from diffpost.oracles.field import BANDS, FieldOracle, FieldReport, gaussian_field
 from diffpost.oracles.mixture import MixtureOracle, gaussian_mixture, mixture_posterior
+from diffpost.oracles.network import AsNetwork
 from diffpost.oracles.observed_field import OBSERVATIONS, ObservedField, observed_field
 from diffpost.oracles.ring import RingOracle, ring
 from diffpost.oracles.textures import TextureOracle, textures
@@ -9,6 +10,7 @@ from diffpost.oracles.textures import TextureOracle, textures
 __all__ = [
     "BANDS",
     "OBSERVATIONS",
+    "AsNetwork",
     "FieldOracle",
     "FieldReport",
     "MixtureOracle",

@@ -110,6 +110,16 @@ class Sampler(ABC):
         """From time t to the earlier time s; s = CLEAN ends at the clean image."""
 
 
+def run_down(
+    sampler: Sampler, model: ScoreModel, state: State, noise: Callable[[int], NoiseSource]
+) -> Tensor:
+    """The clean images at the end of all steps from a state at the first level, ``noise(i)`` for step i."""
+    times = sampler.times(model.sde)
+    for i in range(len(times) - 1):
+        state = sampler.step(model, state, times[i], times[i + 1], noise(i))
+    return state.x
+
+
 def levels(sde: SDE, t: Tensor) -> tuple[float, float]:
     """(alpha, nsr) at t as Python numbers. t lives on the CPU, so the device is not waited for."""
     return float(sde.alpha(t)), float(sde.nsr(t))

@@ -34,7 +34,7 @@ from diffpost.linalg import filtered
 from diffpost.noise import BlockNoise, GaussianNoise
 from diffpost.operators.base import LinearOperator
 from diffpost.posterior import Posterior
-from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State
+from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State, run_down
 from diffpost.samplers.dpm_solver import DPMSolver
 from diffpost.samplers.euler_maruyama import EulerMaruyama
 from diffpost.score import ScoreModel
@@ -152,12 +152,8 @@ def reversed_from(
 ) -> Tensor:
     """A draw of p(x_0 | x_0 + nu n = u), by the reverse SDE from u and the level nu: (B, *shape)."""
     down = dataclasses.replace(reverse, nsr_max=nu)
-    times = down.times(prior.sde)
-    state = State(float(prior.sde.alpha(times[0])) * u)
-    for i in range(len(times) - 1):
-        shifted = functools.partial(noise, stream=stream + i)
-        state = down.step(prior, state, times[i], times[i + 1], shifted)
-    return state.x
+    state = State(float(prior.sde.alpha(down.times(prior.sde)[0])) * u)
+    return run_down(down, prior, state, lambda i: functools.partial(noise, stream=stream + i))
 
 
 def traced(

@@ -127,7 +127,7 @@ class _LangevinChain(Chain):
             check_reverse(type(self).__name__, self.reverse)
 
     def levels(self, sde: SDE) -> list[float]:
-        lowest, highest = sde.nsr(torch.tensor([sde.t_min, sde.t_max]).double()).tolist()
+        lowest, highest = sde.nsr_range
         nsr = lowest if self.nsr is None else self.nsr
         if not lowest * (1 - 1e-9) <= nsr <= highest:
             raise ValueError(

@@ -21,7 +21,6 @@ from diffpost.likelihood import Likelihood
 from diffpost.random import normal
 from diffpost.samplers.base import levels
 from diffpost.score import ScoreModel
-from diffpost.sde import SDE
 
 __all__ = ["RangeWarning", "ends", "largest_gain", "narrowest", "widest"]
 
@@ -86,7 +85,7 @@ def ends(
         images: n -> (n, *shape) rough draws of the prior, in its units.
         name: of who asks, for messages.
     """
-    lowest, highest = _range(prior.sde)
+    lowest, highest = prior.sde.nsr_range
     spread = warn_of_range(prior, name)
     rows = likelihood.rows
     if rows is not None:  # of many observations some
@@ -103,7 +102,7 @@ def ends(
 
 def warn_of_range(prior: ScoreModel, name: str) -> float:
     """The prior's widest standard deviation; a :class:`RangeWarning` where its process does not reach well above it."""
-    _, highest = _range(prior.sde)
+    _, highest = prior.sde.nsr_range
     spread = widest(prior)
     if spread * _LEAST_ABOVE > highest:
         warnings.warn(
@@ -120,7 +119,7 @@ def warn_of_precision(prior: ScoreModel, likelihood: Likelihood, x: Tensor, name
     """The data's largest gain at images x (B, *shape); a :class:`RangeWarning` where the data are more precise than
     the smallest noise of the process, which is where every sampler ends.
     """
-    lowest, _ = _range(prior.sde)
+    lowest, _ = prior.sde.nsr_range
     gain = largest_gain(likelihood, x)
     if gain * lowest**2 > 1:
         warnings.warn(
@@ -136,11 +135,6 @@ def warn_of_precision(prior: ScoreModel, likelihood: Likelihood, x: Tensor, name
 def _rounded(value: float, low: float, high: float) -> float:
     """To three digits, so that rounding errors do not tell one run from another; within the range."""
     return min(max(float(f"{value:.3g}"), low), high)
-
-
-def _range(sde: SDE) -> tuple[float, float]:
-    low, high = sde.nsr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _blank(model: ScoreModel, n: int) -> Tensor:

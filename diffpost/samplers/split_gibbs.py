@@ -112,7 +112,7 @@ class SplitGibbs(Chain):
         return round(self.anneal * self.steps)
 
     def levels(self, sde: SDE) -> list[float]:
-        lowest, highest = sde.nsr(torch.tensor([sde.t_min, sde.t_max]).double()).tolist()
+        lowest, highest = sde.nsr_range
         lowest = lowest if self.reverse.nsr_min is None else self.reverse.nsr_min
         if not lowest < self.coupling <= highest or (self.first or highest) > highest * (1 + 1e-9):
             raise ValueError(

@@ -38,7 +38,7 @@ from torch import Tensor
 from diffpost.likelihood import Likelihood
 from diffpost.operators.base import LinearOperator
 from diffpost.random import Noise
-from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State, levels
+from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State, levels, run_down
 from diffpost.samplers.chain import conditions
 from diffpost.samplers.dpm_solver import DPMSolver, History, correct, moments, predict
 from diffpost.samplers.particles import (
@@ -236,8 +236,9 @@ class TwistedSMC(Sampler):
         alpha, nu = levels(model.sde, t)
         denoised = history[0][1]
         if s == CLEAN:
-            final = _log_likelihood(likelihood, denoised)
-            weights = state.log_weights + final - twist.log_evidence
+            _, white, constant = _whitened(likelihood, denoised)
+            exact = constant - 0.5 * white.square().sum(1)
+            weights = state.log_weights + exact - twist.log_evidence
             return self._finished(state, denoised, weights, pooled=likelihood.rows is None)
         u = state.x / alpha
         alpha, new = levels(model.sde, s)
@@ -287,12 +288,11 @@ class TwistedSMC(Sampler):
         total = weights.logsumexp(1)
         evidence = state.log_evidence + total - math.log(self.particles)
         first = state.ancestors.reshape(weights.shape)
-        error = evidence_error(weights, first)
+        error, left = evidence_error(weights, first), effective_ancestors(weights, first)
         sizes = torch.stack([*state.sizes, effective_size(weights)], 1)
         # Clouds of one observation count by their evidence, those of different ones alike.
         shared = evidence[:, None] if pooled else 0.0
         weights = weights - total[:, None] + shared
-        left = effective_ancestors(log_weights.reshape(-1, self.particles), first)
         self._report(sizes, left)
         told = {
             "log_evidence": evidence,
@@ -326,10 +326,9 @@ def _twist(
     alpha, nu = levels(prior.sde, t)
     denoised, vjp = prior.denoise_vjp(alpha * u, t)
     noise, linear = likelihood.noise, likelihood.operator.linearize(denoised)
-    residual = likelihood.residual(denoised)
+    residual, white, constant = _whitened(likelihood, denoised)
     seen = _seen(likelihood)
-    white = noise.whiten(residual).flatten(1).double()[:, seen]
-    constant = noise.log_prob(torch.zeros_like(residual)).double()
+    white = white[:, seen]
     # A linear operator with the same noise everywhere sees each datum alike for all particles.
     alike = isinstance(likelihood.operator, LinearOperator) and likelihood.rows is None
     columns, spread, gram = [], [], []
@@ -348,12 +347,11 @@ def _twist(
     )
 
 
-def _log_likelihood(likelihood: Likelihood, x: Tensor) -> Tensor:
-    """log p(y | x), (B,); chi^2 is summed in float64, whatever x is."""
+def _whitened(likelihood: Likelihood, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r = y - A x, W r (B, m), and log p(y | x) + |W r|^2/2, so that chi^2 can be summed in float64."""
     residual = likelihood.residual(x)
     white = likelihood.noise.whiten(residual).flatten(1).double()
-    constant = likelihood.noise.log_prob(torch.zeros_like(residual)).double()
-    return constant - 0.5 * white.square().sum(1)
+    return residual, white, likelihood.noise.log_prob(torch.zeros_like(residual)).double()
 
 
 def _seen(likelihood: Likelihood) -> list[int]:
@@ -414,8 +412,5 @@ def _rough(prior: ScoreModel, n: int) -> Tensor:
     """n quick draws of the prior, in its own units."""
     solver = DPMSolver(16, order=2, eta=1.0)
     noise = Noise(0, torch.arange(n, device=prior.device))
-    times = solver.times(prior.sde)
     state = solver.init(prior, noise.at(0), n)
-    for i in range(solver.steps):
-        state = solver.step(prior, state, times[i], times[i + 1], noise.at(i + 1))
-    return state.x
+    return run_down(solver, prior, state, lambda i: noise.at(i + 1))

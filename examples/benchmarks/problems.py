@@ -18,7 +18,7 @@ from diffpost.guidance import (
     PiGDM,
     SpectralCovariance,
 )
-from diffpost.oracles import OBSERVATIONS, observed_field, ring, textures
+from diffpost.oracles import OBSERVATIONS, AsNetwork, observed_field, ring, textures
 from diffpost.oracles.observed_field import ObservedField
 from diffpost.oracles.ring import RingOracle
 from diffpost.oracles.textures import TextureOracle
@@ -37,28 +37,6 @@ TEXTURE_SEEDS = 8
 TEXTURE_DRAWS = 256
 RING_SEEDS = 8
 RING_DRAWS = 1000
-
-
-class AsNetwork(ScoreModel):
-    """The same prior without what only a closed form knows: like a network, it has VJPs alone."""
-
-    def __init__(self, inner: ScoreModel) -> None:
-        self.inner = inner
-        self.sde, self.shape = inner.sde, inner.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.inner.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.inner.denoise(x, t)
-
-    def denoise_vjp(self, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        return self.inner.denoise_vjp(x, t)
 
 
 def solver(steps: int) -> Callable[[Setting], DPMSolver]:
