@@ -62,8 +62,8 @@ class Trainer:
 
     Raises
     ------
-    ValueError: for a folder that holds a run of another configuration, or a checkpoint that cannot be
-        read.
+    ValueError: for a folder that holds a run of another configuration, a checkpoint that cannot be
+        read, or bfloat16 on a CPU that emulates it.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Trainer:
         self.device = torch.device(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self._mixed = _mixed_precision(config.precision, self.device)
         self.crops = CropStream(config.data, config.seed)
         self._check_turns()
         self.heldout = CropStream(config.heldout, config.seed) if config.heldout else None
@@ -191,7 +192,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.net.train()
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed):
             loss = denoising_loss(
                 self._ddp,
                 batch.images.to(self.device),
@@ -471,3 +472,16 @@ def _truncate_rows(path: Path, seen: int) -> None:
     with os.fdopen(handle, "w", newline="") as file:
         csv.writer(file).writerows([rows[0], *kept])
     os.replace(name, path)
+
+
+def _mixed_precision(asked: str | None, device: torch.device) -> bool:
+    """Whether to train in mixed precision: where it was asked for and the device does it natively."""
+    if asked is None:
+        return device.type == "cuda"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if asked == "bfloat16" and device.type == "cpu" and not native():
+        raise ValueError(
+            "got precision bfloat16 on a CPU without AVX-512 BF16, where it is a hundred times slower than "
+            "float32; leave precision out of the configuration"
+        )
+    return asked == "bfloat16"

@@ -96,6 +96,8 @@ class TrainConfig:
         as an inverse square root; cooldown: last share of the run in which it falls to zero.
     init: a prior to start from; its training images are added to the count in the card.
     error_images: crops on which the denoising error is measured at the end, for the card; 0 does not.
+    precision: "float32", or "bfloat16" for mixed precision, which a CPU must support natively (AVX-512 BF16;
+        half as fast again there, and a hundred times slower without). None: mixed on CUDA, else float32.
     """
 
     data: tuple[DataConfig, ...]
@@ -122,6 +124,7 @@ class TrainConfig:
     validate_levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     sample_images: int = 16
     error_images: int = 192
+    precision: str | None = None
     card: dict[str, Any] = field(default_factory=dict)
 
     # What may change when a run is continued: the rest decides what the numbers so far mean.
@@ -147,6 +150,10 @@ class TrainConfig:
             )
         if self.error_images < 0 or self.error_images == 1:
             raise ValueError(f"got error_images = {self.error_images}; expected 0, or 2 and more")
+        if self.precision not in (None, "float32", "bfloat16"):
+            raise ValueError(
+                f"got precision = {self.precision!r}; expected float32, bfloat16, or nothing for the device's own"
+            )
         if not self.sigma_data > 0:
             raise ValueError(f"got sigma_data = {self.sigma_data}; expected a positive number")
 

@@ -285,6 +285,22 @@ def test_crops_use_every_symmetry_and_stay_in_their_ranges(tmp_path):
     assert 0.5 <= gains.min() < 0.6 and 1.8 < gains.max() <= 2.0
 
 
+def test_mixed_precision_where_it_is_native(tmp_path, monkeypatch):
+    config = TrainConfig.from_dict(settings(tmp_path, precision="bfloat16"))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    train(config, tmp_path / "mixed", progress=False, max_steps=3)
+    whole = TrainConfig.from_dict(settings(tmp_path))
+    train(whole, tmp_path / "whole", progress=False, max_steps=3)
+    mixed, full = losses(tmp_path / "mixed"), losses(tmp_path / "whole")
+    assert mixed != full
+    np.testing.assert_allclose([x for _, x in mixed], [x for _, x in full], rtol=0.02)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="without AVX-512 BF16"):
+        train(config, tmp_path / "emulated", progress=False)
+    with pytest.raises(ValueError, match="expected float32, bfloat16"):
+        TrainConfig.from_dict(settings(tmp_path, precision="half"))
+
+
 def test_bad_settings_say_what_is_wrong(tmp_path):
     good = settings(tmp_path)
     with pytest.raises(ValueError, match="unknown setting lerning_rate"):
