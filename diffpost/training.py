@@ -20,6 +20,7 @@ import os
 import signal
 import tempfile
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +32,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch_ema import ExponentialMovingAverage
 
+from diffpost.diagnostics.misspecification import CARD_KEY as REFERENCE_KEY
+from diffpost.diagnostics.misspecification import heldout_reference
 from diffpost.networks import build_network
-from diffpost.networks.denoising_error import CARD_KEY, denoising_error
+from diffpost.networks.denoising_error import CARD_KEY as ERROR_KEY
+from diffpost.networks.denoising_error import denoising_error
 from diffpost.networks.precondition import NetworkScore
 from diffpost.random import normal
 from diffpost.sde import sde_from_dict
 from diffpost.training_config import Stage, TrainConfig, Turn
 from diffpost.training_data import CropStream
 from diffpost.training_loss import NOISE_STREAM, denoising_loss, noise_levels
+from diffpost.training_progress import TrainingBar, append_row, truncate_rows
 
 __all__ = ["TrainConfig", "Trainer", "train"]
 
@@ -71,7 +76,7 @@ class Trainer:
     ) -> None:
         from diffpost.io.checkpoints import RESERVED
 
-        if taken := sorted(set(config.card) & {*RESERVED, "training", CARD_KEY}):
+        if taken := sorted(set(config.card) & {*RESERVED, "training", ERROR_KEY, REFERENCE_KEY}):
             raise ValueError(f"card: the name {', '.join(taken)} is taken; rename it")
         self.config = config
         self.out = Path(out)
@@ -97,13 +102,16 @@ class Trainer:
         self.step = 0
         self.seen = 0
         self.seen_before = 0
-        self._error_table: dict[str, Any] = {}
+        self._measured: dict[str, Any] = {}
         self._stop = False
         self.out.mkdir(parents=True, exist_ok=True)
         if self.checkpoint_path.exists():
             self._restore()
         elif config.init is not None:
             self._initialise(config.init)
+        if self.rank == 0:  # also without a checkpoint: a run may be killed before its first
+            for name in ("loss.csv", "heldout.csv"):
+                truncate_rows(self.out / name, self.seen)
         self._ddp: nn.Module = (
             nn.parallel.DistributedDataParallel(self.net) if self.world > 1 else self.net
         )
@@ -171,7 +179,7 @@ class Trainer:
                 signal.signal(number, handler)
         self.save()
         if self.seen >= self.total:
-            self._measure_error()
+            self._measure()
             self.save()
         return self.prior()
 
@@ -247,7 +255,7 @@ class Trainer:
             self.config.sigma_data,
             card={
                 **self.config.card,
-                **self._error_table,
+                **self._measured,
                 "training": {
                     "images_seen": self.seen_before + self.seen,
                     "images_seen_by_init": self.seen_before,
@@ -290,16 +298,29 @@ class Trainer:
             self._draw_samples(crop)
         return row
 
-    def _measure_error(self) -> None:
-        """What moment matching needs of the prior, for its card, on held-out crops where there are some."""
-        count = self.config.error_images
-        if self.rank != 0 or not count:
+    def _measure(self) -> None:
+        """What moment matching and the misspecification alarm need of the prior, for its card."""
+        if self.rank != 0:
             return
         crops = self.crops if self.heldout is None else self.heldout
-        images = crops.batch(0, count, self.config.stages[-1].crop)
-        table = denoising_error(self.prior(), images)
         on = "training" if self.heldout is None else "held-out"
-        self._error_table = {CARD_KEY: {**table, "measured_on": f"{count} {on} crops"}}
+        crop, prior = self.config.stages[-1].crop, self.prior()
+        if count := self.config.error_images:
+            table = denoising_error(prior, crops.batch(0, count, crop))
+            self._measured[ERROR_KEY] = {**table, "measured_on": f"{count} {on} crops"}
+        count = self.config.reference_images
+        if count and self.heldout is not None:
+            try:
+                reference = heldout_reference(prior, crops.batch(0, count, crop)).to_dict()
+            except (
+                ValueError
+            ) as error:  # images it has no statistic for; the prior is as good without
+                warnings.warn(f"the card gets no reference of likeness: {error}", stacklevel=2)
+            else:
+                self._measured[REFERENCE_KEY] = {
+                    **reference,
+                    "measured_on": f"{count} {on} crops",
+                }
 
     def _draw_samples(self, crop: int) -> None:
         """A grid of samples as samples_NNNNNNNNN.png."""
@@ -357,9 +378,6 @@ class Trainer:
         self.ema.load_state_dict(state["ema"])
         self.step, self.seen = int(state["step"]), int(state["seen"])
         self.seen_before = int(state.get("seen_before", 0))
-        if self.rank == 0:
-            for name in ("loss.csv", "heldout.csv"):
-                _truncate_rows(self.out / name, self.seen)
 
     def _initialise(self, init: str) -> None:
         from diffpost.io.checkpoints import load_prior
@@ -406,19 +424,10 @@ class Trainer:
         return {key: float(value) for key, value in rows[-1].items()} if rows else {}
 
     def _log(self, name: str, row: dict[str, Any]) -> None:
-        if self.rank != 0:
-            return
-        path = self.out / name
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        if self.rank == 0:
+            append_row(self.out / name, row)
 
     def _bar(self, progress: bool) -> Any:
-        from diffpost.training_progress import TrainingBar
-
         return TrainingBar(self.total, self.seen, enabled=progress and self.rank == 0)
 
 
@@ -457,21 +466,6 @@ def _atomic_save(state: dict[str, Any], path: Path) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _truncate_rows(path: Path, seen: int) -> None:
-    """Drop the rows that were written after the checkpoint: the run writes them again."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    column = rows[0].index("images")
-    # A kill in the middle of a write leaves a short last row.
-    kept = [r for r in rows[1:] if len(r) == len(rows[0]) and int(r[column]) <= seen]
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", newline="") as file:
-        csv.writer(file).writerows([rows[0], *kept])
-    os.replace(name, path)
 
 
 def _mixed_precision(asked: str | None, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from diffpost.diagnostics.misspecification import FEWEST
 from diffpost.training_data import DataConfig
 
 __all__ = ["NoiseLevels", "Stage", "TrainConfig", "Turn"]
@@ -96,6 +97,8 @@ class TrainConfig:
         as an inverse square root; cooldown: last share of the run in which it falls to zero.
     init: a prior to start from; its training images are added to the count in the card.
     error_images: crops on which the denoising error is measured at the end, for the card; 0 does not.
+    reference_images: held-out crops on which the reference of `diffpost.diagnostics.misspecification` is measured at
+        the end, for the card, where there are held-out data; 0 does not.
     precision: "float32", or "bfloat16" for mixed precision, which a CPU must support natively (AVX-512 BF16;
         half as fast again there, and a hundred times slower without). None: mixed on CUDA, else float32.
     """
@@ -124,6 +127,7 @@ class TrainConfig:
     validate_levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     sample_images: int = 16
     error_images: int = 192
+    reference_images: int = 512
     precision: str | None = None
     card: dict[str, Any] = field(default_factory=dict)
 
@@ -137,6 +141,7 @@ class TrainConfig:
         "validate_levels",
         "sample_images",
         "error_images",
+        "reference_images",
         "card",
         "init",
     )
@@ -150,6 +155,10 @@ class TrainConfig:
             )
         if self.error_images < 0 or self.error_images == 1:
             raise ValueError(f"got error_images = {self.error_images}; expected 0, or 2 and more")
+        if self.reference_images < 0 or 0 < self.reference_images < FEWEST:
+            raise ValueError(
+                f"got reference_images = {self.reference_images}; expected 0, or {FEWEST} and more"
+            )
         if self.precision not in (None, "float32", "bfloat16"):
             raise ValueError(
                 f"got precision = {self.precision!r}; expected float32, bfloat16, or nothing for the device's own"

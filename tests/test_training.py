@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from diffpost.diagnostics.misspecification import reference_from_card
 from diffpost.jobs.train import train_config
 from diffpost.networks.precondition import edm_coefficients
 from diffpost.training import TrainConfig, Trainer, train
@@ -50,6 +51,7 @@ def settings(folder, **changes):
         "validate_images": 16,
         "sample_images": 0,
         "error_images": 8,
+        "reference_images": 0,
         "checkpoint_seconds": 0.0,
         "card": {"data": "blobs"},
         **changes,
@@ -73,7 +75,9 @@ def one_thread():
 def test_training_learns_and_writes_what_it_promises(tmp_path):
     out = tmp_path / "run"
     stages = [{"images": 1920, "crop": 8, "batch": 16}]
-    config = TrainConfig.from_dict(settings(tmp_path, stages=stages, learning_rate=5e-3))
+    config = TrainConfig.from_dict(
+        settings(tmp_path, stages=stages, learning_rate=5e-3, reference_images=24)
+    )
     prior = train(config, out, progress=False)
     trace = [loss for _, loss in losses(out)]
     assert len(trace) == 120
@@ -82,6 +86,8 @@ def test_training_learns_and_writes_what_it_promises(tmp_path):
     assert prior.card["training"]["images_seen"] == 1920
     assert prior.card["training"]["heldout_loss"]["0.1"] < 1
     assert prior.card["denoising_error"]["measured_on"] == "8 held-out crops"
+    assert prior.card["misspecification"]["measured_on"] == "24 held-out crops"
+    assert len(reference_from_card(prior.card)) == 24
     from diffpost.io.checkpoints import load_prior
 
     x = torch.randn(2, 1, 8, 8)
@@ -125,6 +131,18 @@ def test_a_run_killed_at_any_moment_continues_exactly(tmp_path):
     assert kills, "every run ended before it was killed: make it longer"
     subprocess.run([sys.executable, "-c", script], check=True)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_rows(tmp_path):
+    config = TrainConfig.from_dict(settings(tmp_path))
+    train(config, tmp_path / "whole", progress=False, max_steps=4)
+    (tmp_path / "killed").mkdir()
+    left = (tmp_path / "whole" / "loss.csv").read_text().splitlines(keepends=True)
+    for rows in (left[:3], left[:0]):  # two steps, or not even a whole header
+        (tmp_path / "killed" / "loss.csv").write_text("".join(rows))
+        (tmp_path / "killed" / "checkpoint.pt").unlink(missing_ok=True)
+        train(config, tmp_path / "killed", progress=False, max_steps=4)
+        assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 def test_two_processes_have_the_loss_of_one(tmp_path):
@@ -325,6 +343,8 @@ def test_bad_settings_say_what_is_wrong(tmp_path):
         Trainer(TrainConfig.from_dict(late), tmp_path / "late")
     with pytest.raises(ValueError, match="error_images = 1"):
         TrainConfig.from_dict({**good, "error_images": 1})
+    with pytest.raises(ValueError, match="reference_images = 3; expected 0, or 20 and more"):
+        TrainConfig.from_dict({**good, "reference_images": 3})
     small = TrainConfig.from_dict({**good, "stages": [{"images": 16, "crop": 16, "batch": 16}]})
     with pytest.raises(ValueError, match="crops of 16 pixels"):
         train(small, tmp_path / "small", progress=False)

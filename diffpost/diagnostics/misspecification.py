@@ -58,7 +58,7 @@ CARD_KEY = "misspecification"
 
 _LEVELS = (0.2, 0.67, 2.0, 6.7, 13.0)  # in units of the images' rms
 _PAIRS = 1  # of noise z and -z
-_FEWEST = 20  # images of a reference
+FEWEST = 20  # images of a reference
 _TINY = 1e-30
 
 
@@ -92,10 +92,10 @@ class HeldOutReference:
                 f"HeldOutReference: got coefficients {tuple(self.coefficients.shape)} and scatter "
                 f"{tuple(self.scatter.shape)} for {len(self.levels)} levels; expected (3, {count}) and ({count},)."
             )
-        if self.statistics.ndim != 1 or len(self.statistics) < _FEWEST:
+        if self.statistics.ndim != 1 or len(self.statistics) < FEWEST:
             raise ValueError(
                 f"HeldOutReference: got statistics of shape {tuple(self.statistics.shape)}; expected (n,) with n of "
-                f"at least {_FEWEST}."
+                f"at least {FEWEST}."
             )
         finite = all(
             bool(v.isfinite().all()) for v in (self.coefficients, self.scatter, self.statistics)
@@ -218,8 +218,8 @@ def heldout_reference(
         ValueError: too few images, another shape, not finite or without light, or levels beyond the prior's process.
     """
     x = _checked(images, prior)
-    if len(x) < _FEWEST:
-        raise ValueError(f"heldout_reference: got {len(x)} images; expected at least {_FEWEST}.")
+    if len(x) < FEWEST:
+        raise ValueError(f"heldout_reference: got {len(x)} images; expected at least {FEWEST}.")
     if levels is None:
         rms = float(x.double().square().mean().sqrt())
         if not rms > 0:
