@@ -8,7 +8,7 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -108,6 +108,47 @@ class Samples:
             index = torch.stack([(cumulated < float(a) - 1e-12).sum(0) for a in levels])
             out = ordered.gather(0, index.clamp_max(len(self.x) - 1))
         return out[0] if isinstance(q, float | int) else out
+
+    def resampled(self, n: int | None = None, seed: int = 0) -> Samples:
+        """As many equally weighted draws, for what knows no weights: ranks, PQMass, R-hat.
+
+        Systematic resampling (Douc & Cappe 2005, arXiv:cs/0507025): draw i appears floor or ceil of n w_i times, so
+        heavy draws appear repeatedly, and what counts draws as independent overstates them: see
+        :attr:`effective_size`. Their order is shuffled. Draws without weights are returned as they are.
+
+        Args:
+            n: how many; default: as many as there are.
+            seed: of the resampling.
+
+        Raises:
+            ValueError: n below 1, or another n for draws without weights.
+        """
+        count = len(self) if n is None else n
+        if count < 1:
+            raise ValueError(f"resampled(n={n}): expected at least 1.")
+        if self.log_weights is None:
+            if count != len(self):
+                raise ValueError(
+                    f"resampled(n={n}): the {len(self)} draws have equal weights; take x[:{n}] instead."
+                )
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.rand((), generator=generator, dtype=torch.float64)
+        points = (torch.arange(count, dtype=torch.float64) + start) / count
+        chosen = torch.searchsorted(self.weights.cumsum(0), points).clamp_max(len(self) - 1)
+        chosen = chosen[torch.randperm(count, generator=generator)].to(self.x.device)
+        return replace(
+            self,
+            x=self.x[chosen],
+            log_weights=None,
+            extras={name: values[chosen.to(values.device)] for name, values in self.extras.items()},
+            info={**self.info, "resampled": {"from": len(self), "seed": seed}},
+        )
+
+    @property
+    def effective_size(self) -> float:
+        """1 / sum of squared weights: the number of draws, less what uneven weights cost (Kong 1992)."""
+        return 1 / float(self.weights.square().sum())
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Writes a zarr (v3) store: the draws, the weights, and what made them.

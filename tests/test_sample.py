@@ -213,6 +213,28 @@ def test_statistics():
         draws.quantile(1.5)
 
 
+def test_resampled_draws_appear_as_often_as_their_weights_say():
+    weights = torch.tensor([0.05, 0.0, 0.5, 0.125, 0.325], dtype=torch.float64)
+    draws = dp.Samples(
+        x=torch.arange(5.0)[:, None],
+        log_weights=weights.log(),
+        extras={"name": torch.arange(5)},
+    )
+    assert draws.effective_size == pytest.approx(1 / float(weights.square().sum()))
+    even = draws.resampled(1000, seed=1)
+    assert even.log_weights is None
+    assert torch.equal(even.x[:, 0].long(), even.extras["name"])
+    counts = torch.bincount(even.x[:, 0].long(), minlength=5)
+    assert (counts - 1000 * weights).abs().max() < 1  # systematic: floor or ceil
+    assert torch.equal(even.x, draws.resampled(1000, seed=1).x)
+    assert not torch.equal(even.x, draws.resampled(1000, seed=2).x)
+    assert len(draws.resampled()) == 5
+    plain = dp.Samples(x=torch.arange(5.0)[:, None])
+    assert plain.resampled() is plain
+    with pytest.raises(ValueError, match="equal weights"):
+        plain.resampled(3)
+
+
 def test_weighted_statistics():
     """Equal weights give the unweighted numbers; integer weights those of repeated draws."""
     draws = weighted()
