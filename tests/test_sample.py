@@ -215,7 +215,7 @@ def test_statistics():
 
 def test_resampled_draws_appear_as_often_as_their_weights_say():
     weights = torch.tensor([0.05, 0.0, 0.5, 0.125, 0.325], dtype=torch.float64)
-    draws = dp.Samples(
+    draws = Samples(
         x=torch.arange(5.0)[:, None],
         log_weights=weights.log(),
         extras={"name": torch.arange(5)},
@@ -229,7 +229,7 @@ def test_resampled_draws_appear_as_often_as_their_weights_say():
     assert torch.equal(even.x, draws.resampled(1000, seed=1).x)
     assert not torch.equal(even.x, draws.resampled(1000, seed=2).x)
     assert len(draws.resampled()) == 5
-    plain = dp.Samples(x=torch.arange(5.0)[:, None])
+    plain = Samples(x=torch.arange(5.0)[:, None])
     assert plain.resampled() is plain
     with pytest.raises(ValueError, match="equal weights"):
         plain.resampled(3)
