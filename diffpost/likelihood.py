@@ -46,7 +46,8 @@ class Likelihood:
 
     Args:
         y: (*data), the same for every sample, or (B, *data), row b for sample b. Values that are
-            NaN or infinite are allowed where the noise has infinite variance.
+            NaN or infinite are allowed where the noise has infinite variance. An operator with a batch of
+            its own (a lens for each sample) goes with either.
         operator: A.
         noise: the distribution of n.
         batched: whether the first axis of y is a batch. None decides by the shapes that operator
@@ -111,8 +112,8 @@ class Likelihood:
 
     @property
     def rows(self) -> int | None:
-        """Rows of y; None without a batch axis."""
-        return len(self.y) if self.batched else None
+        """Entries that a batch must have, those of y or of the operator; None where any will do."""
+        return len(self.y) if self.batched else self.operator.batch
 
     @property
     def ndata(self) -> int | Tensor:
@@ -178,6 +179,12 @@ class Likelihood:
                 f"Likelihood: y has shape {shape}, but the operator {self.operator!r} makes data of shape {output} of "
                 f"images {tuple(input_shape)}; expected y of that shape, or (B, *{output})."
             )
+        entries = self.operator.batch
+        if batched and entries not in (None, len(self.y)):
+            raise ValueError(
+                f"Likelihood: y has {len(self.y)} rows, but the operator {self.operator!r} is one of {entries} "
+                "entries; expected as many, or y without a batch axis."
+            )
         bound = (
             self
             if batched == self.batched
@@ -189,11 +196,14 @@ class Likelihood:
         return bound
 
     def select(self, ids: Tensor) -> Likelihood:
-        """The likelihood of rows ids of y; itself if y has no batch axis."""
-        if not self.batched:
+        """The likelihood of rows ids of y and of the operator; itself if they have no batch axis."""
+        if self.rows is None:
             return self
-        noise = self.noise.select(ids, self.data_shape)
-        other = self._like(self.y[ids.to(self.y.device)], self.operator, noise, True)
+        operator, noise, y = self.operator.select(ids), self.noise, self.y
+        if self.batched:
+            noise = noise.select(ids, self.data_shape)
+            y = y[ids.to(y.device)]
+        other = self._like(y, operator, noise, self.batched)
         if noise is self.noise:
             other._solves = self._solves
         return other
@@ -204,11 +214,12 @@ class Likelihood:
         Raises:
             ValueError: y has no batch axis (then every draw has it already), or k is not positive.
         """
-        if not self.batched or k < 1:
+        rows = self.rows
+        if rows is None or k < 1:
             raise ValueError(
                 f"repeat({k}): expected k > 0, and y with a batch axis; it is {tuple(self.y.shape)}."
             )
-        return self.select(torch.arange(len(self.y)).repeat_interleave(k))
+        return self.select(torch.arange(rows).repeat_interleave(k))
 
     def __add__(self, other: Likelihood) -> Likelihood:
         """Independent data: log-probabilities add. The data are flattened and joined."""
@@ -269,13 +280,14 @@ class Likelihood:
             return self._like(self.y, operator, self.noise, self.batched)
         try:
             shape = self._input_shape or _shape_of_image(self.operator, self._rows.value)
-            flat = offsets.to(self.y).expand(1, *shape)
+            flat = offsets.to(self.y).expand(self.operator.batch or 1, *shape)
         except (ValueError, RuntimeError):  # the image's shape does not follow from the data's
             return self._like(
                 self.y, Affine(self.operator, scale, offset), self.noise, self.batched
             )
         y = self._rows.value - self.operator(flat)
-        return self._like(y if self.batched else y[0], operator, self.noise, self.batched)
+        batched = self.batched or self.operator.batch is not None
+        return self._like(y if batched else y[0], operator, self.noise, batched)
 
     # solves ------------------------------------------------------------------------------------
 

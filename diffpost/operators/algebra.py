@@ -81,7 +81,12 @@ class Compose(LinearOperator):
 
     @property
     def batch(self) -> int | None:
-        return _batch([self.outer, self.inner])
+        return common_batch([self.outer, self.inner])
+
+    def select(self, ids: Tensor) -> LinearOperator:
+        outer, inner = self.outer.select(ids), self.inner.select(ids)
+        same = outer is self.outer and inner is self.inner
+        return self if same else Compose(outer, inner)
 
     @property
     def data_shape(self) -> Shape | None:
@@ -199,7 +204,12 @@ class Sum(LinearOperator):
 
     @property
     def batch(self) -> int | None:
-        return _batch(self.terms)
+        return common_batch(self.terms)
+
+    def select(self, ids: Tensor) -> LinearOperator:
+        terms = [term.select(ids) for term in self.terms]
+        same = all(a is b for a, b in zip(terms, self.terms, strict=True))
+        return self if same else Sum(*terms)
 
     @property
     def data_shape(self) -> Shape | None:
@@ -243,7 +253,8 @@ class Sum(LinearOperator):
         return _sum([term.dense(input_shape or self.input_shape) for term in self.terms])
 
 
-def _batch(operators: Sequence[LinearOperator]) -> int | None:
+def common_batch(operators: Sequence[Operator]) -> int | None:
+    """Entries of the batch, of operators that belong together."""
     return next((op.batch for op in operators if op.batch is not None), None)
 
 
@@ -275,7 +286,11 @@ class Scaled(LinearOperator):
 
     @property
     def batch(self) -> int | None:
-        return _batch([self.operator])
+        return self.operator.batch
+
+    def select(self, ids: Tensor) -> LinearOperator:
+        chosen = self.operator.select(ids)
+        return self if chosen is self.operator else Scaled(self.factor, chosen)
 
     @property
     def data_shape(self) -> Shape | None:
@@ -374,7 +389,12 @@ class Stack(LinearOperator):
 
     @property
     def batch(self) -> int | None:
-        return _batch(self.operators)
+        return common_batch(self.operators)
+
+    def select(self, ids: Tensor) -> LinearOperator:
+        chosen = [op.select(ids) for op in self.operators]
+        same = all(a is b for a, b in zip(chosen, self.operators, strict=True))
+        return self if same else Stack(chosen, self.output_shapes)
 
     @property
     def data_shape(self) -> Shape | None:

@@ -63,6 +63,15 @@ class Operator(ABC):
         """Shape of the data of one image where the operator fixes it, otherwise None."""
         return None if self.input_shape is None else self.output_shape(self.input_shape)
 
+    @property
+    def batch(self) -> int | None:
+        """Entries that the batch must have, where each has an operator of its own; otherwise None."""
+        return None
+
+    def select(self, ids: Tensor) -> Operator:
+        """The operators of entries ids, in this order; itself where all entries have the same one."""
+        return self
+
     def linearize(self, x: Tensor) -> LinearOperator:
         """The derivative at x, entry b at x[b]: (B, *shape) to (B, *data)."""
         return Linearized(self, x)
@@ -110,10 +119,8 @@ class LinearOperator(Operator):
                 (``bind`` tells it).
         """
 
-    @property
-    def batch(self) -> int | None:
-        """Entries that the batch must have, where each has an operator of its own; otherwise None."""
-        return None
+    def select(self, ids: Tensor) -> LinearOperator:
+        return self
 
     def bind(self, input_shape: Shape) -> LinearOperator:
         """The same operator for images of this shape: what the adjoint then returns.
@@ -298,6 +305,9 @@ class Linearized(LinearOperator):
     @property
     def batch(self) -> int:
         return len(self.x)
+
+    def select(self, ids: Tensor) -> Linearized:
+        return Linearized(self.operator.select(ids), self.x[ids.to(self.x.device)])
 
     def output_shape(self, input_shape: Shape) -> Shape:
         if tuple(input_shape) != self.input_shape:

@@ -15,6 +15,7 @@ from diffpost.operators.algebra import (
     Stack,
     Sum,
     as_factor,
+    common_batch,
     same_output,
     scaled_by,
 )
@@ -43,6 +44,13 @@ class NonlinearCompose(Operator):
         return self.outer.data_shape or (
             None if middle is None else self.outer.output_shape(middle)
         )
+
+    @property
+    def batch(self) -> int | None:
+        return common_batch([self.outer, self.inner])
+
+    def select(self, ids: Tensor) -> Operator:
+        return NonlinearCompose(self.outer.select(ids), self.inner.select(ids))
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.outer.output_shape(self.inner.output_shape(input_shape))
@@ -76,6 +84,13 @@ class NonlinearSum(Operator):
     @property
     def data_shape(self) -> Shape | None:
         return next((t.data_shape for t in self.terms if t.data_shape is not None), None)
+
+    @property
+    def batch(self) -> int | None:
+        return common_batch(self.terms)
+
+    def select(self, ids: Tensor) -> Operator:
+        return NonlinearSum(*(term.select(ids) for term in self.terms))
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return same_output(self.terms, input_shape)
@@ -111,6 +126,13 @@ class NonlinearScaled(Operator):
     @property
     def data_shape(self) -> Shape | None:
         return self.operator.data_shape
+
+    @property
+    def batch(self) -> int | None:
+        return self.operator.batch
+
+    def select(self, ids: Tensor) -> Operator:
+        return NonlinearScaled(self.factor, self.operator.select(ids))
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.operator.output_shape(input_shape)
@@ -150,6 +172,13 @@ class NonlinearStack(Operator):
     def data_shape(self) -> Shape | None:
         shapes = self.output_shapes
         return super().data_shape if shapes is None else (sum(map(numel, shapes)),)
+
+    @property
+    def batch(self) -> int | None:
+        return common_batch(self.operators)
+
+    def select(self, ids: Tensor) -> Operator:
+        return NonlinearStack([op.select(ids) for op in self.operators], self.output_shapes)
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return (sum(numel(op.output_shape(input_shape)) for op in self.operators),)
@@ -200,6 +229,14 @@ class Affine(Operator):
     @property
     def data_shape(self) -> Shape | None:
         return self.operator.data_shape
+
+    @property
+    def batch(self) -> int | None:
+        return self.operator.batch
+
+    def select(self, ids: Tensor) -> Operator:
+        chosen = self.operator.select(ids)
+        return self if chosen is self.operator else Affine(chosen, self.scale, self.offset)
 
     def output_shape(self, input_shape: Shape) -> Shape:
         return self.operator.output_shape(input_shape)
