@@ -1,1 +1,32 @@
 """Operators of real instruments and skies: grids, lenses, point spread functions, visibilities."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from diffpost.physics.fixed_lens import FixedLens
+from diffpost.physics.grid import Grid, SkyFrame
+
+if TYPE_CHECKING:
+    from diffpost.physics.lensing import Lens, SourceGridWarning
+    from diffpost.physics.ray_tracing import LensParameter
+
+__all__ = ["FixedLens", "Grid", "Lens", "LensParameter", "SkyFrame", "SourceGridWarning"]
+
+# These need caustics, which is imported when one of them is first asked for.
+_LATE = {
+    "Lens": "lensing",
+    "LensParameter": "ray_tracing",
+    "SourceGridWarning": "lensing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(f"diffpost.physics.{_LATE[name]}"), name)
+    raise AttributeError(f"module 'diffpost.physics' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
