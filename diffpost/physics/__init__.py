@@ -9,16 +9,32 @@ from diffpost.physics.fixed_lens import FixedLens
 from diffpost.physics.grid import Grid, SkyFrame
 
 if TYPE_CHECKING:
+    from diffpost.physics.critical import caustic_curves, critical_curves, jacobian, magnification
     from diffpost.physics.lensing import Lens, SourceGridWarning
     from diffpost.physics.ray_tracing import LensParameter
 
-__all__ = ["FixedLens", "Grid", "Lens", "LensParameter", "SkyFrame", "SourceGridWarning"]
+__all__ = [
+    "FixedLens",
+    "Grid",
+    "Lens",
+    "LensParameter",
+    "SkyFrame",
+    "SourceGridWarning",
+    "caustic_curves",
+    "critical_curves",
+    "jacobian",
+    "magnification",
+]
 
 # These need caustics, which is imported when one of them is first asked for.
 _LATE = {
     "Lens": "lensing",
     "LensParameter": "ray_tracing",
     "SourceGridWarning": "lensing",
+    "caustic_curves": "critical",
+    "critical_curves": "critical",
+    "jacobian": "critical",
+    "magnification": "critical",
 }
 
 

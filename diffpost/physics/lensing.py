@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffpost.operators.base import LinearOperator, Shape
+from diffpost.operators.base import LinearOperator, Parameter, Shape
 from diffpost.physics.fixed_lens import FixedLens
 from diffpost.physics.grid import Grid
 from diffpost.physics.interpolation import Interpolation, check_interpolation, sample, taps
@@ -96,8 +96,9 @@ class Lens(LinearOperator):
         self._tracer = RayTracer(mass if several else [mass], _NEAR * image.fine.pixel)
         # k x k rays of a pixel next to each other, pixels in the order of the image
         (ny, nx), k = image.shape, image.oversample
-        self._rays = tuple(
-            c.reshape(ny, k, nx, k).transpose(1, 2).reshape(ny * nx, k * k)
+        self._pixels = ny * nx
+        self._x, self._y = (
+            Parameter(c.reshape(ny, k, nx, k).transpose(1, 2).reshape(ny * nx, k * k))
             for c in image.fine.coordinates()
         )
         self._fixed = None if self.parameters else self._build(torch.zeros(1, 0).double(), None)
@@ -324,15 +325,14 @@ class Lens(LinearOperator):
 
     def _chunks(self, entries: int) -> Iterator[tuple[int, int]]:
         """Ranges of pixels whose rays are traced at once."""
-        pixels = len(self._rays[0])
-        per_pixel = entries * (self._channels or 1) * self._rays[0].shape[1]
+        per_pixel = entries * (self._channels or 1) * self.image.oversample**2
         step = max(1, _CHUNK // per_pixel)
-        for begin in range(0, pixels, step):
-            yield begin, min(begin + step, pixels)
+        for begin in range(0, self._pixels, step):
+            yield begin, min(begin + step, self._pixels)
 
     def _places(self, rows: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Column and row on the source grid of the rays of some pixels: (E, K, pixels * k^2)."""
-        x, y = (c[begin:end].flatten().to(rows.device) for c in self._rays)
+        x, y = (c.like(rows)[begin:end].flatten() for c in (self._x, self._y))
         beta = self._tracer.trace(x, y, rows)
         u, v = self.source.to_pixel(beta[:, :, 0], beta[:, :, 1])
         return u, v
@@ -357,13 +357,13 @@ class Lens(LinearOperator):
     def _build(self, rows: Tensor, entries: int | None) -> FixedLens:
         """The matrices at parameters (E, P)."""
         k = self._channels or 1
-        each = k * self._rays[0].numel()
+        each = k * self._pixels * self.image.oversample**2
         parts = []
         with torch.no_grad():
             # rows in order: entries, their channels, pixels; small lenses together, large ones in parts
             for group in rows.split(max(1, _CHUNK // each)):
                 if len(group) > 1:
-                    u, v = self._places(group, 0, len(self._rays[0]))
+                    u, v = self._places(group, 0, self._pixels)
                     parts.append(self._matrix_rows(u, v))
                     continue
                 places = [self._places(group, *part) for part in self._chunks(1)]

@@ -87,7 +87,13 @@ class _Channels(Module):
 
     def __init__(self, masses: Sequence[Any]) -> None:
         super().__init__(name="channels")
-        self.masses = tuple(masses)
+        # one by one: in a tuple caskade wants different names
+        for i, mass in enumerate(masses):
+            setattr(self, f"mass_{i}", mass)
+
+    @property
+    def masses(self) -> list[Any]:
+        return [child for name, child in self.children.items() if name.startswith("mass_")]
 
     @forward
     def raytrace(self, x: Tensor, y: Tensor, near: float) -> Tensor:
@@ -108,10 +114,13 @@ def _centred(mass: Any) -> Iterator[Any]:
 
 
 def _beside(x: Tensor, y: Tensor, x0: Tensor, y0: Tensor, near: float) -> tuple[Tensor, Tensor]:
-    """Rays that hit a centre, at a small distance from it."""
+    """Rays that hit a centre, at a small distance from it, moving with the ray and with the centre."""
     hit = (x - x0) ** 2 + (y - y0) ** 2 < near**2
     step = near / math.sqrt(2)
-    return torch.where(hit, x0 + step, x), torch.where(hit, y0 + step, y)
+    return (
+        torch.where(hit, x0 + step + (x - x.detach()), x),
+        torch.where(hit, y0 + step + (y - y.detach()), y),
+    )
 
 
 @final
@@ -140,9 +149,11 @@ class RayTracer:
         self.near = near
         # a copy of its own: later changes of the user's model must not reach a matrix that was built
         self._base = _Channels(copy.deepcopy(list(masses)))
-        self._base.to(dtype=torch.float64)
+        # the device is named, as caskade would otherwise ask the value of what depends on a free parameter
+        self._base.to(dtype=torch.float64, device=torch.device("cpu"))
         for param in self._base.dynamic_params:
             param.group = 0
+        self._check_known()
         self._models: dict[tuple[torch.dtype, torch.device], _Channels] = {}
         self._together = True
         self.parameters = self._name()
@@ -150,18 +161,34 @@ class RayTracer:
 
     # parameters --------------------------------------------------------------------------------
 
+    def _owners(self, params: Sequence[Any]) -> dict[Any, Any]:
+        # a parameter may also belong to models of the user that are not traced
+        inside = [n for n in self._base.topological_ordering() if isinstance(n, Module)]
+        return {
+            param: next(module for module in inside if param in module.children.values())
+            for param in params
+        }
+
+    def _check_known(self) -> None:
+        """Raises where a value that the model holds is out of range, of which caustics only warns."""
+        for param, owner in self._owners(self._base.static_params).items():
+            lower, upper = _range(param)
+            told = LensParameter(f"{owner.name}.{param.name}", "", lower, upper, bool(param.cyclic))
+            bad = ~told.valid(param.value)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"Lens: got {told.name} = {float(param.value[bad][0]):g}; expected a value {told.range}."
+                )
+
     def _name(self) -> tuple[LensParameter, ...]:
-        owners = {}
-        for param in self._base.dynamic_params:
-            modules = [p for p in param.parents if isinstance(p, Module)]
-            owners[param] = modules[0]
+        owners = self._owners(self._base.dynamic_params)
         plain = len(set(owners.values())) == 1 and self.count == 1
         plain = plain and next(iter(owners.values())) is self._base.masses[0]
         labels = _labels(list(dict.fromkeys(owners.values())))
         found = []
         for param, owner in owners.items():
             name = param.name if plain else f"{labels[owner]}.{param.name}"
-            lower, upper = (None if v is None else float(v) for v in param.valid)
+            lower, upper = _range(param)
             value = None if param.value is None else param.value.flatten().tolist()
             size = math.prod(param.shape)
             for i, index in enumerate(_indices(param.shape)):
@@ -169,8 +196,8 @@ class RayTracer:
                     LensParameter(
                         name + index,
                         param.units or "",
-                        -math.inf if lower is None else lower,
-                        math.inf if upper is None else upper,
+                        lower,
+                        upper,
                         bool(param.cyclic),
                         value[i] if value is not None and len(value) == size else None,
                     )
@@ -357,6 +384,14 @@ class RayTracer:
             self._models[key] = copy.deepcopy(self._base)
             self._models[key].to(dtype=dtype, device=device)
         return self._models[key]
+
+
+def _range(param: Any) -> tuple[float, float]:
+    lower, upper = param.valid
+    return (
+        -math.inf if lower is None else float(lower),
+        math.inf if upper is None else float(upper),
+    )
 
 
 def _labels(owners: Sequence[Any]) -> dict[Any, str]:
