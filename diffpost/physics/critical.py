@@ -111,8 +111,11 @@ def caustic_curves(
     lens: Lens, params: Params | None = None, grid: Grid | None = None, channel: int = 0
 ) -> list[Tensor]:
     """The critical curves on the source plane, line by line; arguments as there."""
-    curves = critical_curves(lens, params, grid, channel)
-    return [lens.trace(*line.unbind(-1), params)[channel].T for line in curves]
+    curves = []
+    for line in critical_curves(lens, params, grid, channel):
+        x, y = line.unbind(-1)
+        curves.append(lens.trace(x, y, params)[channel].T)
+    return curves
 
 
 def _determinant(lens: Lens, params: Params | None, grid: Grid, channel: int) -> Tensor:

@@ -120,7 +120,7 @@ class FixedLens(LinearOperator):
         right = len(shape) >= 2 and shape[-2:] == grid.shape
         if not right or (self._channels is not None and front != (self._channels,)):
             wanted = "..." if self._channels is None else str(self._channels)
-            side = "source" if grid is self.source else "image"
+            side = "source" if what == "images" else "image"
             raise ValueError(
                 f"{self!r}: got {what} of shape {shape}; expected ({wanted}, {grid.shape[0]}, "
                 f"{grid.shape[1]}), the {side} grid."

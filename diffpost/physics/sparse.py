@@ -125,6 +125,7 @@ class SparseBlocks:
                 value.to(device, dtype),
                 (height, width),
                 is_coalesced=True,
+                check_invariants=False,
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
