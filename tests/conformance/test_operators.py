@@ -97,6 +97,31 @@ CASES = {
     ),
 }
 
+try:
+    import caustics
+except ImportError:  # lenses are optional
+    LENSES = set()
+else:
+    from diffpost.physics import Grid, Lens
+
+    COSMOLOGY = caustics.FlatLambdaCDM(name="cosmology")
+    GRIDS = Grid((6, 8), pixel=0.5, oversample=2), Grid((5, 4), pixel=0.3)
+    SIS = caustics.SIS(COSMOLOGY, x0=0.0, y0=0.05, Rein=1.25)
+    FREE = caustics.SIS(COSMOLOGY, x0=0.0, y0=0.05)
+    RADII = torch.tensor([[1.0], [1.25], [1.5]], dtype=F64)
+    CASES |= {
+        "lens": (Lens(SIS, *GRIDS), (2, 5, 4)),
+        "lens without channel": (Lens(SIS, *GRIDS), (5, 4)),
+        "lens bicubic": (Lens(SIS, *GRIDS, interpolation="bicubic"), (1, 5, 4)),
+        "lens per channel": (Lens([SIS, FREE], *GRIDS).at(RADII[0]), (2, 5, 4)),
+        "lens at": (Lens(FREE, *GRIDS).at(RADII[0]), (1, 5, 4)),
+        "lens per entry": (Lens(FREE, *GRIDS).at(RADII), (2, 5, 4)),
+        "lens per entry and channel": (Lens([FREE, SIS], *GRIDS).at(RADII), (2, 5, 4)),
+        "lensed job": (PixelBin(2) @ Convolve(rand(3, 3)) @ Lens(SIS, *GRIDS), (1, 5, 4)),
+        "lensed jobs": (PixelBin(2) @ Convolve(rand(3, 3)) @ Lens(FREE, *GRIDS).at(RADII), (1, 5, 4)),
+    }  # fmt: skip
+    LENSES = {"Lens", "FixedLens"}
+
 NONLINEAR = {
     "square": (Square(), (1, 4, 6)),
     "outside": (Square() @ Convolve(rand(3, 3)), (1, 4, 6)),
@@ -180,6 +205,15 @@ def check_batch(operator, shape):
     )
 
 
+def check_select(operator, shape):
+    """Entries of a batch, in another order and twice."""
+    linear = operator.bind(shape)
+    x, ids = rand(operator.batch or 3, *shape, seed=1), torch.tensor([1, 0, 1])
+    y, part = linear(x), linear.select(ids)
+    torch.testing.assert_close(part(x[ids]), y[ids], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part.adjoint(y[ids]), linear.adjoint(y)[ids], rtol=1e-12, atol=1e-12)
+
+
 def check_transfer(linear, shape, images, matrix):
     """Exact where the operator asks for no margin: every channel of the data is a filter of the
     image.
@@ -255,6 +289,7 @@ LINEAR_CHECKS = [
     check_linearity,
     check_dtype,
     check_batch,
+    check_select,
     check_structure,
 ]
 
@@ -297,7 +332,7 @@ def test_autograd_goes_through(case):
     operator, shape = {**CASES, **NONLINEAR}[case]
     if isinstance(operator, LinearOperator):
         operator = operator.bind(shape)
-    x = rand(2, *shape, seed=1).requires_grad_()
+    x = rand(operator.batch or 2, *shape, seed=1).requires_grad_()
     y = operator(x)
     v = rand(*y.shape, seed=2)
     (gradient,) = torch.autograd.grad((y * v).sum(), x)
@@ -330,6 +365,9 @@ class Broken(LinearOperator):
         if self.fault == "adjoint":
             return 1.001 * v
         return v + 0.1 * v.mean(0, keepdim=True) if self.fault == "batch" else v
+
+    def select(self, ids):
+        return 1.001 * self if self.fault == "select" else self
 
     def diagonal(self, input_shape):
         return torch.full((), 2.0 if self.fault == "structure" else 1.0, dtype=F64)
@@ -372,4 +410,4 @@ def test_every_exported_operator_is_in_the_suite():
         for cls in (Affine, Compose, Convolve, Crop, Diagonal, Fourier, Identity, Mask, Matrix)
     } | {cls.__name__ for cls in (NonlinearScaled, PixelBin, Scaled, Stack, Sum)}
     expected |= {"NonlinearCompose", "NonlinearSum", "NonlinearStack", "Linearized"}
-    assert expected <= seen
+    assert expected | LENSES <= seen
