@@ -32,7 +32,7 @@ ORDER = {
     "samplers": 5,
     "sample": 6,
 }
-OUTSIDE = {"physics", "networks", "io", "plot", "cli"}
+OUTSIDE = {"parameters", "physics", "networks", "io", "plot", "cli"}
 
 
 def imported(source: str, package: str) -> list[str]:
