@@ -149,7 +149,7 @@ class Grid:
     @property
     def shape(self) -> tuple[int, int]:
         """(ny, nx)."""
-        return _shape(self.n)
+        return self.n if isinstance(self.n, tuple) else _shape(self.n)
 
     @property
     def area(self) -> float:

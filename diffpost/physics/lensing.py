@@ -28,11 +28,13 @@ from diffpost.operators.base import LinearOperator, Parameter, Shape
 from diffpost.physics.fixed_lens import FixedLens
 from diffpost.physics.grid import Grid
 from diffpost.physics.interpolation import Interpolation, check_interpolation, sample, taps
-from diffpost.physics.ray_tracing import _NEAR, LensParameter, RayTracer, transformed
+from diffpost.physics.ray_tracing import LensParameter, RayTracer
 from diffpost.physics.sparse import SparseBlocks, rows_from_taps
+from diffpost.physics.transforms import transformed
 
 __all__ = ["Lens", "SourceGridWarning"]
 
+_NEAR = 1e-4  # sub-pixels from a lens' centre
 _CHUNK = 1 << 17  # rays traced at once: tens of MB for the costliest profiles
 _OUTSIDE = 0.01  # share of the flux from outside the source grid that warns
 

@@ -6,8 +6,8 @@ counted in caustics' order. A redshift that was left open and that the deflectio
 (an Einstein radius in arcsec needs none) is not a parameter.
 
 At the middle of a singular lens alpha has no value, and near it derivatives grow without bound,
-although these rays are of no weight. A ray within 1e-4 sub-pixels of a lens' (x0, y0) is therefore
-taken at that distance from it, and moves along with it.
+although these rays are of no weight. A ray very near a lens' (x0, y0) is therefore taken at a small
+distance from it, and moves along with it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from diffpost.physics.transforms import hidden
+
 try:
     from caskade import Module, forward
     from caustics import ThickLens, ThinLens
@@ -30,9 +32,8 @@ except ImportError as error:
         "lenses need caustics, which is not installed: pip install 'diffpost[lens]'"
     ) from error
 
-__all__ = ["LensParameter", "RayTracer", "transformed"]
+__all__ = ["LensParameter", "RayTracer"]
 
-_NEAR = 1e-4  # sub-pixels
 _REDSHIFTS = ("z_l", "z_s")
 
 
@@ -316,7 +317,7 @@ class RayTracer:
         """Raises unless all are in the valid ranges. Inside ``torch.func.vmap`` nothing can be
         seen, nor checked.
         """
-        if _batched(params) or bool(self.valid(params).all()):
+        if hidden(params) or bool(self.valid(params).all()):
             return
         for i, parameter in enumerate(self.parameters):
             values = params.detach()[..., i].reshape(-1)
@@ -363,7 +364,7 @@ class RayTracer:
         return torch.stack([one(p) for p in params])
 
     def _check_finite(self, beta: Tensor, x: Tensor, y: Tensor, params: Tensor) -> None:
-        if _batched(beta) or bool(beta.isfinite().all()):
+        if hidden(beta) or bool(beta.isfinite().all()):
             return
         entry, channel, _, ray = (int(i) for i in (~beta.isfinite()).nonzero()[0])
         at = ", ".join(
@@ -409,17 +410,3 @@ def _indices(shape: Sequence[int]) -> list[str]:
         return [""]
     places = torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape))
     return [f"[{','.join(map(str, place))}]" for place in places.tolist()]
-
-
-def _batched(x: Tensor) -> bool:
-    """Whether values are hidden by ``torch.func.vmap``."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
-            return True
-        x = torch._C._functorch.get_unwrapped(x)
-    return False
-
-
-def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is at work."""
-    return bool(torch._C._are_functorch_transforms_active())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffpost.operators.base import Memo
+from diffpost.physics.transforms import plain
 
 __all__ = ["SparseBlocks", "rows_from_taps"]
 
@@ -75,8 +76,18 @@ class SparseBlocks:
 
     def multiply(self, x: Tensor, adjoint: bool = False) -> Tensor:
         """A x, or A^T x: (K n, c) to (K m, c), or back. Differentiable in x, at any order."""
-        product: Tensor = _Product.apply(x, self, adjoint)
+        if plain(x):
+            return self.product(x, adjoint)
+        product: Tensor = _Product.apply(x, self, adjoint)  # costs as much as a small product
         return product
+
+    def product(self, x: Tensor, adjoint: bool) -> Tensor:
+        """As ``multiply``, without derivatives."""
+        matrix = self._matrix(x, adjoint)
+        columns = x.to(matrix.dtype).contiguous()
+        if columns.shape[1] == 1:  # twice as fast
+            return (matrix @ columns[:, 0])[:, None].to(x.dtype)
+        return (matrix @ columns).to(x.dtype)
 
     def to_dense(self) -> Tensor:
         """(K, m, n)."""
@@ -147,8 +158,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, blocks: SparseBlocks, adjoint: bool) -> Tensor:
-        matrix = blocks._matrix(x, adjoint)
-        return (matrix @ x.to(matrix.dtype).contiguous()).to(x.dtype)
+        return blocks.product(x, adjoint)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
