@@ -20,7 +20,7 @@ from diffpost.physics.lensing import Lens, Params
 __all__ = ["caustic_curves", "critical_curves", "jacobian", "magnification"]
 
 _CHUNK = 1 << 16  # places at once
-_FINE = 512  # places on the shorter side of the image between which curves are interpolated
+_FINE = 320  # places on the shorter side of the image between which curves are interpolated
 
 
 def jacobian(lens: Lens, x: Tensor, y: Tensor, params: Params | None = None) -> Tensor:
@@ -80,7 +80,7 @@ def critical_curves(
     Args:
         lens: for its mass.
         params: (P,), or as for ``Lens.at``.
-        grid: between whose pixels; None is the lens' image, split to at least 512 pixels a side.
+        grid: between whose pixels; None is the lens' image, split to at least 320 pixels a side.
         channel: of a lens with several masses.
 
     Returns:
@@ -111,11 +111,16 @@ def caustic_curves(
     lens: Lens, params: Params | None = None, grid: Grid | None = None, channel: int = 0
 ) -> list[Tensor]:
     """The critical curves on the source plane, line by line; arguments as there."""
-    curves = []
-    for line in critical_curves(lens, params, grid, channel):
+    return traced(lens, critical_curves(lens, params, grid, channel), params, channel)
+
+
+def traced(lens: Lens, curves: list[Tensor], params: Params | None, channel: int) -> list[Tensor]:
+    """Lines (n, 2) of the image plane on the source plane."""
+    found = []
+    for line in curves:
         x, y = line.unbind(-1)
-        curves.append(lens.trace(x, y, params)[channel].T)
-    return curves
+        found.append(lens.trace(x, y, params)[channel].T)
+    return found
 
 
 def _determinant(lens: Lens, params: Params | None, grid: Grid, channel: int) -> Tensor:

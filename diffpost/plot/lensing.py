@@ -57,7 +57,7 @@ def lens(
     ------
     ValueError: images that are not on the lens' grids, several vectors of parameters.
     """
-    from diffpost.physics.critical import caustic_curves, critical_curves, magnification
+    from diffpost.physics.critical import critical_curves, magnification, traced
 
     brightness = None if source is None else _plane(source, model.source, "source")
     if image is not None:
@@ -67,7 +67,7 @@ def lens(
     else:
         seen = None
     critical = critical_curves(model, params, channel=channel)
-    caustics = caustic_curves(model, params, channel=channel)
+    caustics = traced(model, critical, params, channel)
     mu = magnification(model, params, channel=channel).abs().cpu().numpy()
 
     figure = new_figure(14.4, 5.9 if title else 5.5)
