@@ -170,8 +170,8 @@ def test_readme_begins_with_exactly_two_sh_blocks() -> None:
 
 
 def test_importing_diffpost_is_light() -> None:
-    heavy = ("matplotlib", "astropy", "typer", "rich", "zarr", "xarray", "score_models")
-    code = f"import sys, diffpost; print(*[m for m in {heavy!r} if m in sys.modules])"
+    heavy = ("matplotlib", "astropy", "caustics", "typer", "rich", "zarr", "xarray", "score_models")
+    code = f"import sys, diffpost, diffpost.physics; print(*[m for m in {heavy!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == []
 

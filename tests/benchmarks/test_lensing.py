@@ -88,6 +88,30 @@ def test_forward_and_backward(benchmark, size: str) -> None:
     benchmark(lambda: lens.adjoint(lens(x)))
 
 
+def test_beside_caustics(benchmark) -> None:
+    """caustics' simulator of a pixelated source, which traces its rays at every call."""
+    lens, _ = setup(128, 64, 2)
+    simulator = caustics.LensSource(
+        lens=caustics.SIE(COSMOLOGY, z_l=0.5, z_s=2.0, x0=0.0, y0=0.0, q=0.75, phi=0.4, Rein=1.25),
+        source=caustics.Pixelated(x0=0.0, y0=0.0, shape=(64, 64), pixelscale=2.4 / 64, scale=1.0),
+        pixelscale=5.0 / 128,
+        pixels_x=128,
+        upsample_factor=2,
+    )
+    x = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    v = torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(1))
+    ours, theirs, back, both = seconds(
+        lambda: lens(x),
+        lambda: simulator([x[0, 0]]),
+        lambda: lens.adjoint(v),
+        lambda: gradient(lambda s: simulator([s[0, 0]])[None, None], x, v),
+    )
+    benchmark.group = "caustics"
+    benchmark.extra_info["forward, caustics / lens"] = round(theirs / ours, 1)
+    benchmark.extra_info["both, caustics / lens"] = round(both / (ours + back), 1)
+    benchmark(lambda: lens.adjoint(lens(x)))
+
+
 @pytest.mark.parametrize("side", [64, 128, 256])
 def test_memory_and_time_to_build(benchmark, side: int) -> None:
     """With the size of the source, the image twice as large: how the matrix grows."""

@@ -210,6 +210,23 @@ def test_bilinear_is_grid_sample() -> None:
     torch.testing.assert_close(operator(x), want * image.area / source.area)
 
 
+def test_images_are_those_of_caustics_own_pixelated_source() -> None:
+    """With a dark border of two pixels, since caustics extrapolates into its last half pixel."""
+    x = torch.zeros(12, 12, dtype=F64)
+    x[2:-2, 2:-2] = rand(8, 8)
+    simulator = caustics.LensSource(
+        lens=sie_and_shear(),
+        source=caustics.Pixelated(x0=0.05, y0=-0.1, image=x, pixelscale=0.15, scale=1.0),
+        pixelscale=0.2,
+        pixels_x=18,
+        pixels_y=20,
+        upsample_factor=2,
+    )
+    image, source = Grid((20, 18), pixel=0.2, oversample=2), Grid(12, 0.15, centre=(0.05, -0.1))
+    got = lens(sie_and_shear(), image, source)(x[None])[0] * source.area / image.area
+    torch.testing.assert_close(got, simulator.to(dtype=F64)(), rtol=1e-5, atol=1e-5)
+
+
 # profiles, planes and channels -----------------------------------------------------------------------
 
 
