@@ -56,7 +56,7 @@ from diffpost.score import GaussianMixtureScore, GaussianScore, ScoreModel
 from diffpost.sde import EDM, SDE, TSVE, VE, VP
 
 if TYPE_CHECKING:
-    from diffpost import diagnostics, physics, plot
+    from diffpost import diagnostics, parameters, physics, plot
     from diffpost.diagnostics import chi2
     from diffpost.io.checkpoints import load_prior, save_prior
     from diffpost.recommendation import Recommendation, recommend
@@ -112,6 +112,7 @@ __all__ = [
     "chi2",
     "diagnostics",
     "load_prior",
+    "parameters",
     "physics",
     "plot",
     "recommend",
@@ -120,7 +121,7 @@ __all__ = [
 ]
 
 # Outside the core, and some heavy to import: resolved when first asked for.
-_MODULES = ("diagnostics", "physics", "plot")
+_MODULES = ("diagnostics", "parameters", "physics", "plot")
 _LATE = {
     "Recommendation": "recommendation",
     "chi2": "diagnostics",

@@ -1,1 +1,65 @@
-"""Inference of an image together with a few parameters of what observed it."""
+"""Inference of an image together with a few parameters of what observed it.
+
+    y = A(theta) x + b(theta) + n
+
+    prior      = ParameterPrior.from_dict({"width": {"uniform": [0.5, 3]}, "angle": {"circular": 180}})
+    likelihood = ParametricLikelihood(y, family, GaussianNoise(std=rms))      # family: an OperatorFamily
+    gaussian   = GaussianImage.from_draws(dp.sample(image_prior, 2000, sampler).x, share=0.999)
+    evidence   = Evidence(likelihood, prior, gaussian)                        # the image marginalised
+    draws      = sample_collapsed(evidence, image_prior=image_prior)
+    print(evidence_shift(draws, likelihood, prior))                           # is the Gaussian good enough?
+    draws      = sample_transported(evidence, image_prior, draws)             # and without it
+
+What is exact, for which prior of images, and how theta mixes:
+
+    sample_collapsed     Gaussian; images of another prior follow a theta that is the Gaussian's    as without an image
+    sample_transported   any, in many moves; starts near a mode                                     between the two
+    sample_blocked       any, as far as the sampler of images is exact                              slowly
+"""
+
+from diffpost.parameters.blocked import sample_blocked
+from diffpost.parameters.chains import Chains, Kernel, LogDensity, run_chains
+from diffpost.parameters.collapsed import Start, sample_collapsed, starting_points
+from diffpost.parameters.evidence import Evidence, ImageGivenParameters
+from diffpost.parameters.family import OperatorFamily, ParametricLikelihood
+from diffpost.parameters.gaussian import GaussianImage
+from diffpost.parameters.hmc import HMC
+from diffpost.parameters.modes import Modes, find_modes, laplace_covariance
+from diffpost.parameters.prior import ParameterPrior, nearest
+from diffpost.parameters.priors import Circular, LogNormal, Normal, Prior, Uniform
+from diffpost.parameters.result import JointSamples
+from diffpost.parameters.shift import EvidenceShift, evidence_shift
+from diffpost.parameters.stretch import Stretch
+from diffpost.parameters.transported import sample_transported
+
+__all__ = [
+    "HMC",
+    "Chains",
+    "Circular",
+    "Evidence",
+    "EvidenceShift",
+    "GaussianImage",
+    "ImageGivenParameters",
+    "JointSamples",
+    "Kernel",
+    "LogDensity",
+    "LogNormal",
+    "Modes",
+    "Normal",
+    "OperatorFamily",
+    "ParameterPrior",
+    "ParametricLikelihood",
+    "Prior",
+    "Start",
+    "Stretch",
+    "Uniform",
+    "evidence_shift",
+    "find_modes",
+    "laplace_covariance",
+    "nearest",
+    "run_chains",
+    "sample_blocked",
+    "sample_collapsed",
+    "sample_transported",
+    "starting_points",
+]

@@ -66,8 +66,10 @@ class Checkpoint:
             k for k in names if k != "diffpost" and known.get(k, _NONE) != described.get(k, _NONE)
         ]
         now = np.asarray(list(map(float, marks)))
-        size = max(1.0, float(np.abs(was).max(initial=0)))
-        if was.shape != now.shape or not np.allclose(now, was, rtol=TOLERANCE, atol=1e-9 * size):
+        size = max(1.0, float(np.nan_to_num(np.abs(was)).max(initial=0)))
+        if was.shape != now.shape or not np.allclose(
+            now, was, rtol=TOLERANCE, atol=1e-9 * size, equal_nan=True
+        ):
             differing.append("the density of the parameters")
         if differing:
             there = {k: known[k] for k in differing if k in known}

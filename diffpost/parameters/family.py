@@ -46,10 +46,17 @@ class OperatorFamily(ABC):
     def at(self, values: Values) -> LinearOperator:
         """A(theta) for a batch of parameters.
 
-        Entry b of a batch (B, *input_shape) meets values[...][b]; a batch of one image is seen by all B. Differentiable
-        in the values, in the dtype and on the device of the image; where the values are out of range, NaN rather than
-        an error, for chains to reject.
+        Entry b of a batch (B, *input_shape) meets values[...][b]; ``select`` takes entries of it. In the dtype and on
+        the device of the image.
         """
+
+    def apply(self, values: Values, x: Tensor) -> Tensor:
+        """A(theta_b) x_b, (B, *input_shape) to (B, *data), differentiable in values and images.
+
+        By ``at``; override it where that is not differentiable in the values. Where these are out of range, NaN rather
+        than an error, for chains to reject.
+        """
+        return self.at(values)(x)
 
     def background(self, values: Values) -> Tensor | None:
         """b(theta), (B, *data), or None for nothing."""
@@ -58,14 +65,13 @@ class OperatorFamily(ABC):
     def columns(self, values: Values, images: Tensor) -> Tensor:
         """A(theta_b) of the same K images for every b: (K, *input_shape) to (K, B, *data).
 
-        By ``torch.func.vmap`` over ``at(values)``; override it where operations that vmap does not know, such as sparse
-        products, or something faster, are at hand.
+        Differentiable in the values. By ``torch.func.vmap`` over ``apply``; override it where operations that vmap does
+        not know, such as sparse products, or something faster, are at hand.
         """
-        operator = self.at(values)
         batch = len(next(iter(values.values())))
 
         def one(image: Tensor) -> Tensor:
-            return operator(image.expand(batch, *image.shape))
+            return self.apply(values, image.expand(batch, *image.shape))
 
         found: Tensor = torch.func.vmap(one)(images)
         return found
@@ -139,7 +145,7 @@ class ParametricLikelihood:
 
     def residual(self, values: Values, x: Tensor) -> Tensor:
         """y - A(theta) x - b(theta), 0 where masked: x (B, *shape) to (B, *data); differentiable."""
-        model = self.family.at(values)(x)
+        model = self.family.apply(values, x)
         return self._hidden(self.data(values).to(model) - model)
 
     def log_prob(self, values: Values, x: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class HMC(Kernel[HMCState]):
         leapfrogs: steps of a trajectory. 1 is MALA, with a target of 0.574.
         target: the mean acceptance to which step sizes are adapted; 0.8 is usual for trajectories.
         covariance: (P, P), or (groups, P, P), to begin with; None is the identity, the scale of the prior.
+        learn_covariance: False keeps that, and only the step size is adapted.
 
     Raises:
         ValueError: leapfrogs not positive, a target outside (0, 1), or a covariance that is not positive definite.
@@ -88,6 +89,7 @@ class HMC(Kernel[HMCState]):
     leapfrogs: int = 4
     target: float = 0.8
     covariance: Tensor | None = dataclasses.field(default=None, repr=False)
+    learn_covariance: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,7 +210,7 @@ class HMC(Kernel[HMCState]):
         state = dataclasses.replace(
             state, tries=tries, error=error, log_step=log_step, average=average
         )
-        begin, ends = windows(self.warmup)
+        begin, ends = windows(self.warmup) if self.learn_covariance else (0, ())
         done = int(state.done)
         if done <= begin or not ends or done > ends[-1]:
             return state

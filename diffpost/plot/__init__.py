@@ -1,7 +1,8 @@
-"""Pictures of posterior draws, of their calibration, and of lenses."""
+"""Pictures of posterior draws, of parameters, of calibration, and of lenses."""
 
 from diffpost.plot.calibration import coverage, ranks
+from diffpost.plot.corner import corner
 from diffpost.plot.images import image_grid, summary
 from diffpost.plot.lensing import lens
 
-__all__ = ["coverage", "image_grid", "lens", "ranks", "summary"]
+__all__ = ["corner", "coverage", "image_grid", "lens", "ranks", "summary"]

@@ -27,6 +27,7 @@ class BlurAndShift(LinearOperator):
 
     def __init__(self, width, shift, size):
         self.size = size
+        self.width, self.shift = width, shift
         ky = torch.fft.fftfreq(size, dtype=F64)[:, None]
         kx = torch.fft.rfftfreq(size, dtype=F64)[None]
         width, shift = width[:, None, None, None], shift[:, None, None, None]
@@ -39,6 +40,9 @@ class BlurAndShift(LinearOperator):
     @property
     def batch(self):
         return len(self.transfer)
+
+    def select(self, ids):
+        return BlurAndShift(self.width[ids], self.shift[ids], self.size)
 
     def output_shape(self, input_shape):
         if tuple(input_shape[-2:]) != (self.size, self.size):
