@@ -1,0 +1,84 @@
+"""Lenses as a family of operators: an instrument behind a lens whose parameters are to be inferred.
+
+    y = R L(theta) x + n,
+
+L(theta) the lensing of source x and R what follows it: the PSF, binning, a mask.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from diffpost.operator import Identity
+from diffpost.operators.base import LinearOperator, Shape
+from diffpost.parameters.family import OperatorFamily, Values
+from diffpost.physics.lensing import Lens
+
+__all__ = ["LensFamily"]
+
+
+@final
+class LensFamily(OperatorFamily):
+    """R L(theta) for the free parameters of a lens.
+
+    Args:
+        lens: with free parameters.
+        response: R, from images (..., ny, nx) of the lens to data; None for none.
+        channels: of the source.
+
+    Attributes:
+        names: those of ``lens.parameters``.
+
+    Raises:
+        ValueError: a lens whose parameters are all known.
+    """
+
+    def __init__(
+        self, lens: Lens, response: LinearOperator | None = None, channels: int = 1
+    ) -> None:
+        if not lens.parameters:
+            raise ValueError(
+                f"LensFamily: got {lens!r}, whose parameters are all known; use it as an operator, or leave some open."
+            )
+        self.lens = lens
+        self.response: LinearOperator = Identity() if response is None else response
+        self.names = lens.parameters
+        self.input_shape: Shape = (channels, *lens.source.shape)
+        image = (channels, *lens.image.shape)
+        self.data_shape: Shape = tuple(self.response.output_shape(image))
+
+    def __repr__(self) -> str:
+        return f"LensFamily({self.lens!r}, {self.response!r})"
+
+    def vector(self, values: Values) -> Tensor:
+        """Parameters by name as (B, P) in the lens' order."""
+        return torch.stack([values[name] for name in self.names], -1)
+
+    def at(self, values: Values) -> LinearOperator:
+        lens = self.lens.at(self.vector(values))
+        return lens if isinstance(self.response, Identity) else self.response @ lens
+
+    def apply(self, values: Values, x: Tensor) -> Tensor:
+        return self._seen(values, x)
+
+    def columns(self, values: Values, images: Tensor) -> Tensor:
+        """As in the base class; the K images share their rays, so that each lens is traced once."""
+        batch, count = len(next(iter(values.values()))), len(images)
+        seen = self._seen(values, images.expand(batch, *images.shape))
+        return seen.reshape(batch, count, *self.data_shape).transpose(0, 1)
+
+    def _seen(self, values: Values, x: Tensor) -> Tensor:
+        """Data of sources (B, ..., C, H, W); NaN for parameters out of range."""
+        vector = self.vector(values)
+        good = self.lens.valid(vector)
+        if not bool(good.any()):
+            return x.new_full((*x.shape[:-3], *self.data_shape), torch.nan)
+        inside = vector[good.nonzero()[0, 0]]
+        image = self.lens.render(x, torch.where(good[:, None], vector, inside.detach()))
+        front = image.shape[:-3]
+        data = self.response(image.flatten(0, -4)).reshape(*front, *self.data_shape)
+        wide = good.reshape(-1, *[1] * (data.ndim - 1))
+        return torch.where(wide, data, torch.nan)
