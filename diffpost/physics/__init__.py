@@ -10,6 +10,8 @@ from diffpost.physics.grid import Grid, SkyFrame
 
 if TYPE_CHECKING:
     from diffpost.physics.critical import caustic_curves, critical_curves, jacobian, magnification
+    from diffpost.physics.lens_family import LensFamily
+    from diffpost.physics.lens_model import LensModel, read_lens_model
     from diffpost.physics.lensing import Lens, SourceGridWarning
     from diffpost.physics.ray_tracing import LensParameter
 
@@ -17,6 +19,8 @@ __all__ = [
     "FixedLens",
     "Grid",
     "Lens",
+    "LensFamily",
+    "LensModel",
     "LensParameter",
     "SkyFrame",
     "SourceGridWarning",
@@ -24,17 +28,21 @@ __all__ = [
     "critical_curves",
     "jacobian",
     "magnification",
+    "read_lens_model",
 ]
 
 # These need caustics, which is imported when one of them is first asked for.
 _LATE = {
     "Lens": "lensing",
+    "LensFamily": "lens_family",
+    "LensModel": "lens_model",
     "LensParameter": "ray_tracing",
     "SourceGridWarning": "lensing",
     "caustic_curves": "critical",
     "critical_curves": "critical",
     "jacobian": "critical",
     "magnification": "critical",
+    "read_lens_model": "lens_model",
 }
 
 

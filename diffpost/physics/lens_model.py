@@ -39,7 +39,7 @@ except ImportError as error:
         "lenses need caustics, which is not installed: pip install 'diffpost[lens]'"
     ) from error
 
-__all__ = ["LensModel", "lens_model"]
+__all__ = ["LensModel", "read_lens_model"]
 
 _OPTIONS = ("angle_system", "parametrization", "m", "s", "n_iter")  # not parameters
 _CENTRE = ("x0", "y0")
@@ -61,7 +61,7 @@ class LensModel:
     spec: Mapping[str, Any]
 
 
-def lens_model(spec: Mapping[str, Any]) -> LensModel:
+def read_lens_model(spec: Mapping[str, Any]) -> LensModel:
     """The lens model of a mapping, as YAML gives it (see the module).
 
     Raises

@@ -13,7 +13,7 @@ from diffpost.parameters.gaussian import GaussianImage
 from diffpost.parameters.hmc import HMC
 from diffpost.physics import Grid, Lens
 from diffpost.physics.lens_family import LensFamily
-from diffpost.physics.lens_model import lens_model
+from diffpost.physics.lens_model import read_lens_model
 
 F64 = torch.float64
 SPEC = {
@@ -29,7 +29,7 @@ SPEC = {
 
 
 def family(size=12, image=24):
-    model = lens_model(SPEC)
+    model = read_lens_model(SPEC)
     grids = Grid(image, pixel=3.6 / image, oversample=2), Grid(size, pixel=1.44 / size)
     lens = Lens(model.mass, *grids)
     width = torch.arange(-3, 4, dtype=F64)
@@ -89,7 +89,7 @@ def test_the_gradient_in_parameters():
 
 
 def test_a_known_lens_is_no_family():
-    known = lens_model({"mass": {"main": {"profile": "SIS", "Rein": 1.0}}})
+    known = read_lens_model({"mass": {"main": {"profile": "SIS", "Rein": 1.0}}})
     with pytest.raises(ValueError, match="all known"):
         LensFamily(Lens(known.mass, Grid(8, pixel=0.3), Grid(8, pixel=0.2)))
 

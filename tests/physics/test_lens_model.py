@@ -10,7 +10,7 @@ pytest.importorskip("caustics", reason="caustics is not installed")
 
 from diffpost.physics import Grid, Lens
 from diffpost.physics import lens_model as module
-from diffpost.physics.lens_model import lens_model
+from diffpost.physics.lens_model import read_lens_model
 
 SIE = {"profile": "SIE", "q": 0.8, "phi": 0.3, "Rein": 1.2}
 
@@ -21,7 +21,7 @@ def one(**changes):
 
 def test_the_example_of_the_module_is_read():
     text = "\n".join(line[4:] for line in module.__doc__.splitlines() if line.startswith("    "))
-    model = lens_model(yaml.safe_load(text))
+    model = read_lens_model(yaml.safe_load(text))
     assert set(model.prior.names) == {
         *(f"main.{name}" for name in ("x0", "y0", "e1", "e2", "Rein")),
         *(f"shear.{name}" for name in ("gamma_1", "gamma_2")),
@@ -32,7 +32,7 @@ def test_the_example_of_the_module_is_read():
 
 
 def test_a_known_lens_is_the_one_of_caustics():
-    model = lens_model(one())
+    model = read_lens_model(one())
     assert model.prior is None
     import caustics
 
@@ -43,21 +43,21 @@ def test_a_known_lens_is_the_one_of_caustics():
     source = torch.rand(1, 1, 8, 8).double()
     expected = Lens(given, *grids)(source)
     torch.testing.assert_close(Lens(model.mass, *grids)(source), expected)
-    other = Lens(lens_model(one(Rein=1.3)).mass, *grids)(source)
+    other = Lens(read_lens_model(one(Rein=1.3)).mass, *grids)(source)
     assert (other - expected).abs().max() > 0.1 * expected.max()
 
 
 def test_parts_share_a_centre():
     spec = one(x0={"normal": [0, 0.1]}, y0=0.05)
     spec["mass"]["halo"] = {"profile": "SIS", "centre": "main", "Rein": 0.2}
-    model = lens_model(spec)
+    model = read_lens_model(spec)
     assert model.prior.names == ("main.x0",)
     lens = Lens(model.mass, Grid(8, pixel=0.5), Grid(8, pixel=0.5))
     assert lens.parameters == ("main.x0",)
     apart = one(x0={"normal": [0, 0.1]}, y0=0.05)
     apart["mass"]["halo"] = {"profile": "SIS", "Rein": 0.2}
     source = torch.rand(1, 1, 8, 8).double()
-    other = Lens(lens_model(apart).mass, Grid(8, pixel=0.5), Grid(8, pixel=0.5))
+    other = Lens(read_lens_model(apart).mass, Grid(8, pixel=0.5), Grid(8, pixel=0.5))
     assert not torch.allclose(lens.at([0.3])(source), other.at([0.3])(source))
 
 
@@ -65,9 +65,9 @@ def test_redshifts_scale_a_physical_mass():
     nfw = {"profile": "NFW", "mass": 1e13, "c": 5}
     spec = {"mass": {"halo": nfw}}
     grids = Grid(8, pixel=0.5), Grid(8, pixel=0.5)
-    assert Lens(lens_model(spec).mass, *grids).parameters == ("z_s", "z_l")
+    assert Lens(read_lens_model(spec).mass, *grids).parameters == ("z_s", "z_l")
     near, far = (
-        Lens(lens_model({**spec, "redshifts": {"lens": 0.3, "source": z}}).mass, *grids)
+        Lens(read_lens_model({**spec, "redshifts": {"lens": 0.3, "source": z}}).mass, *grids)
         for z in (0.5, 2.0)
     )
     source = torch.rand(1, 1, 8, 8).double()
@@ -94,9 +94,9 @@ def test_redshifts_scale_a_physical_mass():
 )
 def test_mistakes_are_named(spec, said):
     with pytest.raises(ValueError, match=said):
-        lens_model(spec)
+        read_lens_model(spec)
 
 
 def test_a_circular_angle_may_leave_the_range():
-    model = lens_model(one(phi={"circular": [math.pi, -1.0]}))
+    model = read_lens_model(one(phi={"circular": [math.pi, -1.0]}))
     assert model.prior.names == ("main.phi",)
