@@ -65,10 +65,34 @@ class LensFamily(OperatorFamily):
         return self._seen(values, x)
 
     def columns(self, values: Values, images: Tensor) -> Tensor:
-        """As in the base class; the K images share their rays, so that each lens is traced once."""
-        batch, count = len(next(iter(values.values()))), len(images)
-        seen = self._seen(values, images.expand(batch, *images.shape))
-        return seen.reshape(batch, count, *self.data_shape).transpose(0, 1)
+        """As in the base class; the K images share their rays, so that each lens is traced once.
+
+        The K values of a source pixel lie side by side, so that a ray reads them in one go: an order of magnitude faster
+        than K images.
+        """
+        vector = self.vector(values)
+        batch, count = len(vector), len(images)
+        good = self.lens.valid(vector)
+        if not bool(good.any()):
+            return images.new_full((count, batch, *self.data_shape), torch.nan)
+        inside = vector[good.nonzero()[0, 0]]
+        vector = torch.where(good[:, None], vector, inside.detach())
+        seen = [self._seen_at_once(one, images) for one in vector]
+        data = torch.stack(seen, 1)
+        return torch.where(good.reshape(1, -1, *[1] * len(self.data_shape)), data, torch.nan)
+
+    def _seen_at_once(self, vector: Tensor, images: Tensor) -> Tensor:
+        """Data (K, *data) of images (K, C, h, w) through one lens (P,)."""
+        places, weights = self.lens.taps_at(vector)
+        planes = [
+            _gathered(
+                images[:, i], places[min(i, len(places) - 1)], weights[min(i, len(weights) - 1)]
+            )
+            for i in range(images.shape[1])
+        ]
+        ny, nx = self.lens.image.shape
+        image = torch.stack(planes, 1).reshape(len(images), len(planes), ny, nx)
+        return self.response(image)
 
     def _seen(self, values: Values, x: Tensor) -> Tensor:
         """Data of sources (B, ..., C, H, W); NaN for parameters out of range."""
@@ -82,3 +106,15 @@ class LensFamily(OperatorFamily):
         data = self.response(image.flatten(0, -4)).reshape(*front, *self.data_shape)
         wide = good.reshape(-1, *[1] * (data.ndim - 1))
         return torch.where(wide, data, torch.nan)
+
+
+def _gathered(images: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+    """sum_e weight[p, e] images[:, place[p, e]]: (K, h, w) and (pixels, E) to (K, pixels).
+
+    The pixel after the last one is empty.
+    """
+    table = torch.cat([images.flatten(1).mT, images.new_zeros(1, len(images))])
+    found = torch.nn.functional.embedding_bag(
+        place, table, per_sample_weights=weight.to(table), mode="sum"
+    )
+    return found.mT

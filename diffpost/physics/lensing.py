@@ -289,6 +289,22 @@ class Lens(LinearOperator):
 
     # inside ------------------------------------------------------------------------------------
 
+    def taps_at(self, params: Params | None = None) -> tuple[Tensor, Tensor]:
+        """The matrix at parameters (P,) by its rows: which source pixels, and with what weights.
+
+        Returns:
+            (K, pixels, E) each, for each of the K masses; pixel ny nx is none. The weights can be differentiated.
+
+        Raises:
+            ValueError: as ``at``.
+        """
+        vector = self._vector(params)
+        self._tracer.check(vector)
+        u, v = self._places(vector[None], 0, self._pixels)
+        found = [self._taps(u[0, i], v[0, i]) for i in range(u.shape[1])]
+        places, weights = zip(*found, strict=True)
+        return torch.stack(places), torch.stack(weights)
+
     def trace(self, x: Tensor, y: Tensor, params: Params | None = None) -> Tensor:
         """Where rays come from, differentiable in the parameters and the places.
 
@@ -376,6 +392,11 @@ class Lens(LinearOperator):
 
     def _matrix_rows(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the matrix, one for each k^2 rays."""
+        place, weight = self._taps(u, v)
+        return rows_from_taps(place, weight, math.prod(self.source.shape))
+
+    def _taps(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Source pixels of each k^2 rays, those outside as one after the last, and their weights."""
         height, width = self.source.shape
         n = height * width
         columns, along_x = taps(u, width, self._kind)
@@ -390,4 +411,4 @@ class Lens(LinearOperator):
         entries = self.image.oversample**2 * len(places)
         place = torch.stack(places, -1).to(index).reshape(-1, entries)
         weight = torch.stack(weights, -1).reshape(-1, entries)
-        return rows_from_taps(place, weight * (self._factor / self.image.oversample**2), n)
+        return place, weight * (self._factor / self.image.oversample**2)
