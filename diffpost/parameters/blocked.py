@@ -27,7 +27,7 @@ from diffpost._version import __version__
 from diffpost.guidance.base import Guidance
 from diffpost.parameters.chains import LogDensity, MoveNoise
 from diffpost.parameters.checkpoint import Checkpoint
-from diffpost.parameters.collapsed import check_one_problem
+from diffpost.parameters.collapsed import check_one_problem, response
 from diffpost.parameters.family import ParametricLikelihood
 from diffpost.parameters.hmc import HMC, HMCState
 from diffpost.parameters.prior import ParameterPrior
@@ -131,7 +131,7 @@ def sample_blocked(
         with torch.no_grad():
             zero = torch.zeros(chains, *likelihood.family.input_shape, dtype=torch.float64)
             begin = likelihood.log_prob(prior.values(prior.constrain(z)), zero.to(device))
-        folder = Checkpoint(checkpoint, info, begin.tolist())
+        folder = Checkpoint(checkpoint, info, [*begin.tolist(), *response(image_prior)])
         saved = folder.load("state")
         if saved is not None:
             first = int(saved.pop("sweep"))

@@ -20,8 +20,8 @@ from torch import Tensor
 __all__ = ["Checkpoint"]
 
 FORMAT = "diffpost-parameters-run-1"
-TOLERANCE = 1e-6
-"""Of the marks of a run: log densities, whose sums differ between machines in their last digits."""
+TOLERANCE = 1e-5
+"""Of the marks of a run, such as log densities, which differ between machines in their last digits."""
 
 
 @final

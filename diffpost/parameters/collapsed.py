@@ -241,6 +241,19 @@ def marks(evidence: Evidence) -> list[float]:
         return [float(v) for v in evidence(z)]
 
 
+def response(image_prior: ScoreModel) -> list[float]:
+    """The prior's answers to a fixed image, by which it is known again."""
+    dtype = torch.promote_types(image_prior.dtype, torch.float32)
+    z = normal(0, torch.arange(1), 0, tuple(image_prior.shape), dtype, stream=_STREAM)
+    found = []
+    with torch.no_grad():
+        for t in image_prior.sde.time_grid(4)[1:3]:
+            x = z.to(image_prior.device) * float(image_prior.sde.sigma(t))
+            answer = image_prior.to_physical(image_prior.denoise(x, t)).double()
+            found += [float(answer.mean()), float(answer.square().mean().sqrt())]
+    return found
+
+
 def _gaussian_images(
     evidence: Evidence, theta: Tensor, seed: int, told: dict[str, Tensor]
 ) -> Samples:

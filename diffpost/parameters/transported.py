@@ -36,7 +36,7 @@ from torch import Tensor
 from diffpost._version import __version__
 from diffpost.parameters.chains import metropolis
 from diffpost.parameters.checkpoint import Checkpoint
-from diffpost.parameters.collapsed import check_one_problem, marks
+from diffpost.parameters.collapsed import check_one_problem, marks, response
 from diffpost.parameters.evidence import Evidence, ImageGivenParameters
 from diffpost.parameters.result import JointSamples, derived_seed
 from diffpost.random import Noise, normal, uniform
@@ -168,7 +168,8 @@ def sample_transported(
     chain = run.begin(z, x)
     folder = None
     if checkpoint is not None:
-        folder = Checkpoint(checkpoint, info, [*marks(evidence), *chain.fit.tolist()])
+        begun = [float(x.double().sum()), float(x.double().square().sum())]
+        folder = Checkpoint(checkpoint, info, [*marks(evidence), *response(image_prior), *begun])
         saved = folder.load("state")
         if saved is not None:
             theta, kept = list(saved.pop("draws_theta")), list(saved.pop("draws_x"))

@@ -14,6 +14,7 @@ from torch.distributions import MultivariateNormal
 from diffpost.noise import GaussianNoise
 from diffpost.operators.base import LinearOperator
 from diffpost.parameters.family import OperatorFamily, ParametricLikelihood
+from diffpost.parameters.gaussian import GaussianImage
 from diffpost.parameters.prior import ParameterPrior
 from diffpost.parameters.priors import Normal, Uniform
 from diffpost.score import GaussianScore
@@ -87,17 +88,23 @@ class Toy:
     noise: float
     image: torch.Tensor
 
-    def grid(self, cells=32, noise=None, image=None):
+    @property
+    def gaussian(self):
+        return GaussianImage.from_score(self.score)
+
+    def grid(self, cells=28, noise=None, image=None, images=None):
         """Exact marginals of theta, (mean, std, cdf), by the evidence on a grid about its bulk.
 
         Args:
             cells: on a side.
             noise: another one than the true, for a control.
             image: given, the posterior with this image known, instead of all images marginalised.
+            images: (weights, means, covariances) of a mixture that images follow; None is their normal.
         """
+        images = ([1.0], [self.score.mean.flatten()], [self.cov]) if images is None else images
         window = [(0.2, 2.5), (-4.0, 4.0)]
-        for count in (20, 20, cells):
-            axes, mass = self._mass(window, count, noise, image)
+        for count in (16, 16, cells):
+            axes, mass = self._mass(window, count, noise, image, images)
             found = [_moments(axes[i], mass.sum(1 - i)) for i in range(2)]
             window = [
                 (max(w[0], float(m - 6 * s)), min(w[1], float(m + 6 * s)))
@@ -106,7 +113,7 @@ class Toy:
         mean, std, cdf = zip(*found, strict=True)
         return torch.stack(mean), torch.stack(std), list(cdf)
 
-    def _mass(self, window, cells, noise, image):
+    def _mass(self, window, cells, noise, image, images):
         noise = self.noise if noise is None else noise
         axes = [
             low + (high - low) / cells * (torch.arange(cells, dtype=F64) + 0.5)
@@ -124,9 +131,12 @@ class Toy:
                 model = a @ image.flatten() + b
                 value.append(-0.5 * ((y - model) / noise).square().sum(1))
                 continue
-            spread = a @ self.cov @ a.mT + noise**2 * torch.eye(len(y), dtype=F64)
-            mean = a @ self.score.mean.flatten() + b
-            value.append(MultivariateNormal(mean, spread).log_prob(y))
+            white = noise**2 * torch.eye(len(y), dtype=F64)
+            parts = [
+                math.log(w) + MultivariateNormal(a @ mean + b, a @ cov @ a.mT + white).log_prob(y)
+                for w, mean, cov in zip(*images, strict=True)
+            ]
+            value.append(torch.stack(parts).logsumexp(0))
         value = torch.cat(value) + self.prior.log_prob(nodes)
         return axes, value.softmax(0).reshape(cells, cells)
 
