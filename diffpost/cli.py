@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffpost.jobs import options
-from diffpost.jobs.options import Inference
+from diffpost.jobs.options import Inference, hdu_of
 
 if TYPE_CHECKING:
     from diffpost.jobs.outputs import OutputFolder
@@ -42,6 +42,8 @@ app = typer.Typer(
         "minutes, into [i]diffpost-demo-spiral/[/i].\n\n"
         "[green]diffpost deconvolve galaxy.fits --psf star.fits --cutout 512,480,64 --out m51[/green]  "
         "does your own: [i]m51/summary.png[/i] is the picture, [i]m51/samples.fits[/i] the draws.\n\n"
+        "[green]diffpost lens lens.fits --psf psf.fits --noise rms.fits --model lens.yaml --out lens[/green]  "
+        "reconstructs the source behind a gravitational lens, and the lens.\n\n"
         "[green]diffpost calibrate --operator psf:1.5 --noise-std 0.03 --out check[/green]  tests whether the "
         "draws' scatter may be believed, for your prior, PSF and noise.\n\n"
         "[green]diffpost info galaxies-64[/green]  says what the prior has seen and what it should not "
@@ -133,16 +135,13 @@ def deconvolve(
     """Posterior samples of the image behind IMAGE: blur and noise taken out, uncertainty kept."""
     arguments = {key: _plain(value) for key, value in locals().items()}
     with _bad_input():
-        noises = {"--noise": noise, "--noise-std": noise_std, "--weight": weight}
-        given = [name for name, value in noises.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"got {' and '.join(given)}; give one of them")
+        _one_of(noise=noise, noise_std=noise_std, weight=weight)
         target: dict[str, Any] = {
             "cutout": None if cutout is None else _parse_cutout(cutout),
             "center": center,
             "size": size,
             "oversample": oversample,
-            "hdu": int(hdu) if hdu is not None and hdu.lstrip("-").isdigit() else hdu,
+            "hdu": hdu_of(hdu),
             "plane": plane,
             "psf_plane": psf_plane,
             "psf_oversample": psf_oversample,
@@ -257,6 +256,71 @@ def calibrate(
         arguments = {name: _plain(value) for name, value in given.items()}
         with _keeping(folder):
             run_calibration(plan, folder, _console(), sys.argv, arguments, resume=resume)
+
+
+@app.command(
+    epilog=(
+        "[bold]The lens model[/bold]\n\n"
+        "[green]mass: {main: {profile: SIE, q: {uniform: [0.3, 1]}, phi: {circular: 3.14159}, Rein: {uniform: [1, 2]}}}[/green]\n\n"
+        "and, if wanted, [green]pixel: 0.05[/green], [green]mask: {inner: 0.3, outer: 2.5}[/green], "
+        "[green]source: {size: 64, pixel: 0.025}[/green], [green]oversample: 2[/green] (docs/lensing.md); lengths in "
+        "arcsec.\n\n"
+        "[bold]Example[/bold]\n\n"
+        "[green]diffpost lens lens.fits --psf psf.fits --noise rms.fits --cutout 140,140,120 --model lens.yaml "
+        "--out lens[/green]\n\n"
+        "[i]lens/summary.png[/i] and [i]lens/corner.png[/i] are the pictures, [i]lens/parameters.csv[/i] the table, "
+        "[i]lens/source_samples.fits[/i] the draws."
+    )
+)
+def lens(
+    image: options.Image,
+    psf: options.PsfImage,
+    model: options.LensModelFile,
+    out: options.RequiredOut,
+    noise: options.Noise = None,
+    noise_std: options.NoiseStd = None,
+    weight: options.Weight = None,
+    cutout: options.Cutout = None,
+    center: options.Center = None,
+    size: options.Size = None,
+    mask: options.LensMask = None,
+    prior: options.Prior = options.PRIOR,
+    samples: options.Draws = options.DRAWS,
+    chains: options.Chains = options.CHAINS,
+    draws: options.ChainDraws = options.CHAIN_DRAWS,
+    warmup: options.Warmup = None,
+    restarts: options.Restarts = options.RESTARTS,
+    fixed: options.Fixed = False,
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    batch_size: options.Batch = options.BATCH,
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    hdu: options.Hdu = None,
+    plane: options.Plane = None,
+    psf_plane: options.PsfPlane = None,
+    background: options.Background = "none",
+    exptime: options.Exptime = None,
+    psf_error: options.PsfError = 0.0,
+) -> None:
+    """Posterior samples of the source behind a gravitational lens, and of the lens.
+
+    The lens' own light must have been subtracted from IMAGE; it is not modelled. Parameters of the lens are those of the
+    YAML file --model: profiles of caustics, each parameter a number or a prior.
+    """
+    given = dict(locals())
+    with _bad_input():
+        from diffpost.jobs.lens_command import run_lens
+        from diffpost.jobs.outputs import OutputFolder
+
+        _one_of(noise=noise, noise_std=noise_std, weight=weight)
+        folder = OutputFolder(out)
+        folder.check(overwrite=overwrite, resume=resume)
+        if cutout is not None:
+            given["cutout"] = _parse_cutout(cutout)
+        arguments = {name: _plain(value) for name, value in given.items()}
+        with _keeping(folder):
+            run_lens(given, folder, _console(), sys.argv, arguments, resume=resume)
 
 
 @app.command()
@@ -393,6 +457,12 @@ def _keeping(folder: OutputFolder) -> Iterator[None]:
             f"{escape(command)} --resume"
         )
         raise typer.Exit(_INTERRUPTED) from None
+
+
+def _one_of(**noises: Any) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in noises.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"got {' and '.join(given)}; give one of them")
 
 
 def _parse_cutout(text: str) -> tuple[float, float, int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, final
 
 import typer
 
-__all__ = ["BATCH", "DRAWS", "PRIOR", "Inference"]
+__all__ = ["BATCH", "DRAWS", "PRIOR", "Inference", "hdu_of"]
 
 PRIOR = "galaxies-64"
 DRAWS = 16
@@ -18,6 +18,9 @@ CALIBRATION_DRAWS = 64
 CALIBRATION_BATCH = 64
 TRUTH_STEPS = 256
 RECOMMENDED = "recommended"
+CHAINS = 4
+CHAIN_DRAWS = 200
+RESTARTS = 6
 BATCH = 4  # draws at once: more are not faster on a CPU, and a batch is what an interruption loses
 
 
@@ -33,6 +36,11 @@ class Inference:
     batch_size: int
     resume: bool
     overwrite: bool
+
+
+def hdu_of(text: str | None) -> int | str | None:
+    """The HDU by its number or its name."""
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
 def _option(*names: str, panel: str | None = None, **settings: Any) -> Any:
@@ -231,3 +239,42 @@ Level = Annotated[
     _option(help="Chance that exact draws are rejected, by all tests together.", panel="Verdict"),
 ]
 Device = Annotated[str, _option(help="cpu or cuda.", panel="Inference")]
+
+# lens -------------------------------------------------------------------------------------------
+
+LensModelFile = Annotated[
+    Path,
+    _option(
+        "--model",
+        help="YAML file of the lens: mass, priors, mask and source grid.",
+        show_default=False,
+        panel="Lens",
+    ),
+]
+LensMask = Annotated[
+    Path | None,
+    _option(
+        "--mask",
+        help="FITS map of the image's or the cutout's shape; nonzero pixels are not used.",
+        panel="Lens",
+    ),
+]
+Chains = Annotated[int, _option(min=2, help="Chains of the lens parameters.", panel="Lens")]
+ChainDraws = Annotated[
+    int, _option("--draws", min=4, help="Draws of each chain, after its warm-up.", panel="Lens")
+]
+Warmup = Annotated[
+    int | None,
+    _option(
+        min=1, help="Moves of the warm-up; default: half of --draws, 20 or more.", panel="Lens"
+    ),
+]
+Restarts = Annotated[int, _option(min=1, help="Restarts of the search for modes.", panel="Lens")]
+Fixed = Annotated[
+    bool,
+    _option(
+        "--fixed",
+        help="Hold every lens parameter at the median of its prior: the source alone.",
+        panel="Lens",
+    ),
+]

@@ -1,0 +1,132 @@
+"""The picture of a lens job: data, model and residual with critical curves; the source with its caustics."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffpost.plot.figures import INK, MUTED, new_figure, write
+from diffpost.plot.images import _name, _norm
+from diffpost.plot.lensing import _below
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from diffpost.lens import LensResult
+
+__all__ = ["lens_summary"]
+
+Array = NDArray[np.float64]
+
+_CRITICAL, _CAUSTIC = "#5fd3ff", "#7fe3c0"
+_NOTHING = "#d9d9de"
+
+
+def lens_summary(result: LensResult, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Data, model, residual in sigma, the source's mean and standard deviation above; five draws of it below.
+
+    Axes are x and y in arcsec from the middle of the cutout.  Curves are those of the median lens.
+
+    Parameters
+    ----------
+    result: what `diffpost.lens.reconstruct_lens` returns.
+    path: file to write (PNG, PDF, ...).
+    """
+    from diffpost.physics.critical import critical_curves, traced
+
+    scene, source, lens = result.scene, result.source, result.system.lens
+    params = result.median_lens
+    critical = [line.cpu().numpy() for line in critical_curves(lens, params)]
+    caustics = [
+        line.detach().cpu().numpy()
+        for line in traced(lens, critical_curves(lens, params), params, 0)
+    ]
+    extent = _extent(result)
+    data, model, residual = scene.part(scene.y[0]), result.model, result.residual
+    noise = float(scene.std[0][scene.seen].median())
+    norm = _norm(data, noise)
+    inner = result.images
+    top = float(np.percentile(result.mean, 99.9))
+    level = max(top, 1e-300)
+    source_norm = _norm(result.mean, 0.02 * level)
+
+    figure = new_figure(19.6, 9.0)
+    grid = figure.add_gridspec(
+        2, 5, left=0.035, right=0.99, top=0.87, bottom=0.045, wspace=0.17, hspace=0.32
+    )
+    upper = [figure.add_subplot(grid[0, j]) for j in range(5)]
+    lower = [figure.add_subplot(grid[1, j]) for j in range(5)]
+    unit = scene.problem.unit
+    label = f"{unit} per pixel" if unit else "flux per pixel"
+    for ax, image, name in ((upper[0], data, "Data"), (upper[1], model, "Model, mean of draws")):
+        shown = _show(ax, image, extent, norm=norm, cmap="magma")
+        _below(figure, ax, shown, label)
+        _name(ax, name)
+    shown = _show(upper[2], residual, extent, vmin=-5, vmax=5, cmap="RdBu_r")
+    _below(figure, upper[2], shown, "standard deviations of the noise", [-4, -2, 0, 2, 4])
+    _name(upper[2], "Residual")
+    for ax, color in zip(upper[:3], (_CRITICAL, _CRITICAL, INK), strict=True):
+        for line in critical:
+            ax.plot(line[:, 0], line[:, 1], color=color, linewidth=1.0, alpha=0.9)
+        ax.set_xlim(extent[:2])
+        ax.set_ylim(extent[2:])
+    shown = _show(upper[3], result.mean, source.extent, norm=source_norm, cmap="magma")
+    _below(figure, upper[3], shown, label)
+    _name(upper[3], "Source, mean")
+    spread = _norm(result.std, None, positive=True)
+    shown = _show(upper[4], result.std, source.extent, norm=spread, cmap="viridis")
+    _below(figure, upper[4], shown, label)
+    _name(upper[4], "Source, standard deviation")
+    for i, ax in enumerate(lower):
+        if i >= len(inner):
+            ax.set_axis_off()
+            continue
+        _show(ax, inner[i], source.extent, norm=source_norm, cmap="magma")
+        _name(ax, f"Source, draw {i + 1}")
+    for ax in (*upper[3:], *lower):
+        for line in caustics:
+            ax.plot(line[:, 0], line[:, 1], color=_CAUSTIC, linewidth=1.0, alpha=0.9)
+        ax.set_xlim(source.extent[:2])
+        ax.set_ylim(source.extent[2:])
+    for ax in (*upper, *lower):
+        ax.set_aspect("equal")
+        ax.tick_params(labelsize=8.5, colors=MUTED, length=3)
+        for side in ax.spines.values():
+            side.set_edgecolor(INK)
+            side.set_linewidth(0.8)
+    for ax in (upper[0], lower[0]):
+        ax.set_ylabel("y [arcsec]", fontsize=9, color=MUTED)
+    figure.text(
+        0.035, 0.962, result.title or "Lens", fontsize=19, color=INK, weight="bold", va="center"
+    )
+    figure.text(0.035, 0.924, _subtitle(result), fontsize=11.5, color=MUTED, va="center")
+    write(figure, path, dpi=110)
+    return figure
+
+
+def _subtitle(result: LensResult) -> str:
+    metrics = result.metrics
+    chi2, mu = metrics["reduced_chi2"], metrics["magnification"]
+    spread = "" if mu["std"] is None else f" ± {mu['std']:.2g}"
+    return (
+        f"reduced χ² of a draw {chi2['draws']:.3f} (expected 1.00 ± {chi2['expected_std']:.2f})   ·   magnification "
+        f"{mu['mean']:.3g}{spread}   ·   {len(result.samples)} draws   ·   R-hat {metrics['rhat']:.3f}   ·   curves of the "
+        "median lens"
+    )
+
+
+def _extent(result: LensResult) -> tuple[float, float, float, float]:
+    """Of the part of the image grid that lies in the cutout."""
+    scene = result.scene
+    left, bottom = scene.grid.to_arcsec(scene.columns.start - 0.5, scene.rows.start - 0.5)
+    right, top = scene.grid.to_arcsec(scene.columns.stop - 0.5, scene.rows.stop - 0.5)
+    return float(left), float(right), float(bottom), float(top)
+
+
+def _show(ax: Axes, image: Array, extent: Any, **settings: Any) -> Any:
+    ax.set_facecolor(_NOTHING)
+    return ax.imshow(image, origin="lower", extent=extent, interpolation="nearest", **settings)
