@@ -41,7 +41,7 @@ class CovarianceAt(ABC):
 
     @abstractmethod
     def enlarged(self, factor: Tensor) -> CovarianceAt:
-        """The covariance times factor (B,), at least 1, but no larger than nsr^2, which is what a flat prior
+        """The covariance times factor (B,), but no larger than nsr^2, which is what a flat prior
         leaves, where it was smaller.
         """
 

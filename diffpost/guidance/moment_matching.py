@@ -31,6 +31,7 @@ from diffpost.operators.base import LinearOperator
 from diffpost.score import ScoreModel
 
 _STEPS = 2  # to the maximum of the evidence, at most
+_FACTOR = 10.0  # by which a model is taken to be off at most
 _WEIGHT = 10.0  # data' worth of belief that the model of C_t is right
 
 
@@ -50,7 +51,8 @@ class MomentMatching(Guidance):
       * ``covariance=None``: one VJP per iteration of the solve and one more; none where the prior
         knows the spectrum of its Jacobian and operator and noise are stationary, as on a Gaussian
         field;
-      * ``covariance=...``: one VJP, or none with ``differentiate=False``.
+      * ``covariance=...``: one VJP, or none with ``differentiate=False`` at noise above
+        ``match_below``.
 
     Args:
         tol: relative residual at which the solve stops, in units whitened by the noise.
@@ -67,6 +69,15 @@ class MomentMatching(Guidance):
             decided; the end of the trajectory, where C_t vanishes, is the same. True moves a mode by the
             ratio of its true variance to the model's, too far where the model is too small by
             several times, and then samplers diverge; False never overshoots the data.
+        match_below: only with differentiate=False. At noise-to-signal ratios (in the prior's units) up to this, the model
+            is multiplied, entry by entry, by how much larger the Jacobian is along the direction that the data pull,
+
+                f = u^T (sigma^2/alpha J) u/(u^T C_t u),   u = A^T (Sigma + A C_t A^T)^-1 r,
+
+            for one VJP and a second solve. Where the noise is near that of the data, the pull on a mode is in
+            proportion to its variance in C_t, so a model that is off by a factor is as if the data's noise were:
+            draws fit the data too loosely or too closely. Ten times the finest standard deviation to which the
+            data fix the image covers what matters: ``diffpost.guidance.choose`` takes that. None never does it.
         accuracy: share of the update's energy norm at which the solve may stop before ``tol``; None does not. The
             norm bounds the error of D_y in standard deviations of C_t, in total and not mode by mode, and is
             estimated; see ``diffpost.linalg.cg``. A few per cent of what is uncertain at a noise level are
@@ -90,7 +101,7 @@ class MomentMatching(Guidance):
             well; where conjugate gradients stop on it, ``diffpost.linalg.gmres`` does not need symmetry.
 
     Raises:
-        ValueError: enlarge without a covariance or with differentiate, or, when it acts, with an operator or noise whose structure
+        ValueError: match_below not positive, or with differentiate=True; enlarge without a covariance or with differentiate, or, when it acts, with an operator or noise whose structure
             does not give the trace; tol, max_iter or accuracy not positive, accuracy with another solver than conjugate
             gradients, or differentiate=False without a covariance.
     """
@@ -105,6 +116,7 @@ class MomentMatching(Guidance):
         solver: Solver = cg,
         accuracy: float | None = None,
         enlarge: bool = False,
+        match_below: float | None = None,
     ) -> None:
         if accuracy is not None and (not 0 < accuracy < 1 or solver is not cg):
             raise ValueError(
@@ -125,6 +137,11 @@ class MomentMatching(Guidance):
                 "MomentMatching(differentiate=False) needs a covariance; the exact one is a derivative. "
                 "Pass covariance=IsotropicCovariance(variance) or a SpectralCovariance."
             )
+        if match_below is not None and (differentiate or not match_below > 0):
+            raise ValueError(
+                f"MomentMatching(match_below={match_below}): expected a positive noise-to-signal ratio, and "
+                "differentiate=False; a gradient that is differentiated needs no match."
+            )
         self.tol = tol
         self.max_iter = max_iter
         self.covariance = covariance
@@ -132,13 +149,14 @@ class MomentMatching(Guidance):
         self.precondition = IsotropicCovariance(1.0) if precondition is None else precondition
         self.accuracy = accuracy
         self.enlarge = enlarge
+        self.match_below = match_below
         self.solver = solver if accuracy is None else functools.partial(cg, energy=accuracy)
 
     def __repr__(self) -> str:
         return (
             f"MomentMatching(tol={self.tol}, max_iter={self.max_iter}, "
             f"covariance={self.covariance}, differentiate={self.differentiate}, "
-            f"accuracy={self.accuracy}, enlarge={self.enlarge})"
+            f"match_below={self.match_below}, accuracy={self.accuracy}, enlarge={self.enlarge})"
         )
 
     def posterior_denoise(
@@ -146,7 +164,8 @@ class MomentMatching(Guidance):
     ) -> Tensor:
         if self.covariance is None:
             return self._exact(prior, likelihood, x, t)
-        if self.differentiate:
+        matched = self._late(prior, t)
+        if self.differentiate or matched:
             denoised, vjp = prior.denoise_vjp(x, t)
         else:
             denoised = prior.denoise(x, t)
@@ -154,16 +173,28 @@ class MomentMatching(Guidance):
         residual = likelihood.residual(denoised)
         covariance = self.covariance.at(denoised, prior, t)
         report = self._solve(covariance, likelihood, linear, residual)
-        for _ in range(_STEPS if self.enlarge else 0):
-            factor = self._enlargement(covariance, likelihood, linear, residual, report)
-            if not bool((factor > 1).any()):
-                break
-            covariance = covariance.enlarged(factor)
+        if matched:
+            pull = linear.adjoint(report.x)
+            jacobian = tweedie_factor(prior.sde, x, t) * vjp(pull)
+            covariance = covariance.enlarged(_ratio(pull, jacobian, covariance.apply(pull)))
             report = self._solve(covariance, likelihood, linear, residual)
+        elif self.enlarge:
+            for _ in range(_STEPS):
+                factor = self._enlargement(covariance, likelihood, linear, residual, report)
+                if not bool((factor > 1).any()):
+                    break
+                covariance = covariance.enlarged(factor)
+                report = self._solve(covariance, likelihood, linear, residual)
         image = linear.adjoint(report.x)
         if self.differentiate:
             return denoised + tweedie_factor(prior.sde, x, t) * vjp(image)
         return denoised + covariance.apply(image)
+
+    def _late(self, prior: ScoreModel, t: Tensor) -> bool:
+        """Whether all of a batch is at a noise level at which the model is matched."""
+        if self.match_below is None:
+            return False
+        return bool((prior.sde.sigma(t) <= self.match_below * prior.sde.alpha(t)).all())
 
     def _solve(
         self, covariance: CovarianceAt, likelihood: Likelihood, linear: LinearOperator, r: Tensor
@@ -217,3 +248,10 @@ class MomentMatching(Guidance):
             solver=self.solver,
         )
         return denoised + factor * vjp(linear.adjoint(report.x))
+
+
+def _ratio(pull: Tensor, jacobian: Tensor, model: Tensor) -> Tensor:
+    """u^T J u/(u^T C u), (B,) float64, within what a model may be off by; 1 where there is no pull."""
+    true, modelled = ((pull * v).flatten(1).sum(1, dtype=torch.float64) for v in (jacobian, model))
+    safe = torch.where(modelled > 0, modelled, 1.0)
+    return torch.where(modelled > 0, true / safe, 1.0).clamp(1 / _FACTOR, _FACTOR)

@@ -17,14 +17,13 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffpost.guidance.gain import largest_eigenvalue, largest_gain
 from diffpost.likelihood import Likelihood
-from diffpost.random import normal
 from diffpost.samplers.base import levels
 from diffpost.score import ScoreModel
 
 __all__ = ["RangeWarning", "ends", "largest_gain", "narrowest", "widest"]
 
-_ITERATIONS = 16
 _STARTS = 4
 _ABOVE = 8.0  # times the widest standard deviation: 1.6% of its variance is missing at the start
 _LEAST_ABOVE = 4.0
@@ -47,7 +46,7 @@ def widest(model: ScoreModel) -> float:
     x = model.denoise(x, t).to(x) * float(model.sde.alpha(t))
     _, vjp = model.denoise_vjp(x, t)
     alpha = float(model.sde.alpha(t))
-    kept = min(max(_largest(lambda v: alpha * vjp(v), x), 0.0), 1 - 1e-6)
+    kept = min(max(largest_eigenvalue(lambda v: alpha * vjp(v), x), 0.0), 1 - 1e-6)
     return nu * math.sqrt(kept / (1 - kept))
 
 
@@ -60,18 +59,8 @@ def narrowest(model: ScoreModel, x: Tensor) -> float:
     t = torch.tensor(model.sde.t_min, dtype=torch.float64)
     alpha, nu = levels(model.sde, t)
     _, vjp = model.denoise_vjp(alpha * x, t)
-    left = max(_largest(lambda v: v - alpha * vjp(v), x), 1e-6)
+    left = max(largest_eigenvalue(lambda v: v - alpha * vjp(v), x), 1e-6)
     return nu * math.sqrt(max(1 / left - 1, 0.0))
-
-
-def largest_gain(likelihood: Likelihood, x: Tensor) -> float:
-    """The largest eigenvalue of A^T Sigma^-1 A, linearised at x (B, *shape)."""
-    linear, noise = likelihood.operator.linearize(x), likelihood.noise
-
-    def product(v: Tensor) -> Tensor:
-        return linear.adjoint(noise.whiten_adjoint(noise.whiten(linear(v))))
-
-    return _largest(product, x)
 
 
 def ends(
@@ -140,16 +129,3 @@ def _rounded(value: float, low: float, high: float) -> float:
 def _blank(model: ScoreModel, n: int) -> Tensor:
     dtype = torch.promote_types(model.dtype, torch.float32)
     return torch.zeros(n, *model.shape, dtype=dtype, device=model.device)
-
-
-def _largest(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """The largest eigenvalue of symmetric matrices, one for each entry of ``like``: the largest of them."""
-    ids = torch.arange(len(like), device=like.device)
-    v = normal(0, ids, 0, tuple(like.shape[1:]), torch.float64).to(like)
-    value = v.new_zeros(len(v))
-    for _ in range(_ITERATIONS):
-        v = v / v.flatten(1).norm(dim=1).clamp_min(1e-300).reshape(-1, *[1] * (v.ndim - 1))
-        image = product(v)
-        value = (v * image).flatten(1).sum(1)
-        v = image
-    return float(value.max())
