@@ -148,11 +148,22 @@ def source_grid(
 def lens_system(
     description: LensDescription, scene: LensScene, source: Grid, *, fixed: bool, rays: int | None
 ) -> LensSystem:
-    """The lens on these grids; fixed: every parameter at the median of its prior; rays: per pixel and side."""
+    """The lens on these grids; fixed: every parameter at the median of its prior; rays: per pixel and side.
+
+    Raises
+    ------
+    ValueError: redshifts that the mass needs are missing.
+    """
     image = scene.grid if rays is None else replace(scene.grid, oversample=rays)
     lens = Lens(description.model.mass, image, source)
     held = None
     prior = description.model.prior
+    open_ = [n for n in lens.parameters if prior is None or n not in prior.names]
+    if any(n.endswith(("z_l", "z_s")) for n in open_):
+        raise ValueError(
+            "the lens model has no redshifts, which its profiles need; add them to the YAML file, such as "
+            "redshifts: {lens: 0.2, source: 1.1}"
+        )
     if fixed and prior is not None:
         middle = prior.constrain(torch.zeros(1, len(prior), dtype=torch.float64))[0]
         held = torch.stack([middle[prior.names.index(n)] for n in lens.parameters])

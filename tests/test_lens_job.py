@@ -1,0 +1,283 @@
+"""The lens job on a simulated lens with a Gaussian field as the source, through the function and the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from astropy.io import fits
+from typer.testing import CliRunner
+
+pytest.importorskip("caustics", reason="caustics is not installed")
+pytest.importorskip("arviz", reason="ArviZ is not installed")
+
+import diffpost as dp
+from diffpost.cli import app
+from diffpost.io.checkpoints import save_prior
+from diffpost.jobs.lens_setup import binned, lens_scene, read_description
+from diffpost.jobs.problem import prepare
+from diffpost.lens import LensResult, reconstruct_lens
+from diffpost.networks import build_network
+from diffpost.networks.precondition import NetworkScore
+from diffpost.physics import Grid, Lens, read_lens_model
+from diffpost.samples import Samples
+
+SIDE, PIXEL, SOURCE = 32, 0.12, 12
+NOISE = 0.05
+TRUTH = {"main.Rein": 1.2, "main.q": 0.75}
+MODEL: dict[str, Any] = {
+    "pixel": PIXEL,
+    "mask": {"inner": 0.3, "outer": 1.8},
+    "source": {"size": SOURCE, "pixel": 0.12, "centre": [0.0, 0.0]},
+    "oversample": 1,
+    "mass": {
+        "main": {
+            "profile": "SIE",
+            "q": {"uniform": [0.5, 0.95]},
+            "phi": 0.4,
+            "Rein": {"normal": [1.1, 0.15], "within": [0.5, 2.0]},
+        }
+    },
+}
+KNOWN = {**MODEL, "mass": {"main": {"profile": "SIE", "q": 0.75, "phi": 0.4, "Rein": 1.2}}}
+
+
+def prior() -> dp.GaussianScore:
+    """A field with a falling spectrum about a round galaxy."""
+    k = np.hypot(np.fft.fftfreq(SOURCE)[:, None], np.fft.fftfreq(SOURCE)[None]) * SOURCE
+    power = (1 + k) ** -5.0
+    power *= 0.15**2 / power.mean()
+    x, y = Grid(SOURCE, 0.12).coordinates()
+    mean = torch.exp(-(x**2 + y**2) / (2 * 0.25**2))[None].float()
+    return dp.GaussianScore(mean, power=torch.from_numpy(power[None]).float(), sde=dp.EDM())
+
+
+def star() -> np.ndarray:
+    axis = np.arange(9) - 4
+    psf = np.exp(-0.5 * (axis[:, None] ** 2 + axis**2))
+    return psf / psf.sum()
+
+
+def simulated() -> tuple[np.ndarray, torch.Tensor]:
+    """The image, and its source."""
+    generator = torch.Generator().manual_seed(5)
+    source = dp.sample(prior(), 1, dp.DPMSolver(16, eta=1.0), 3, progress=False).x[0]
+    lens = Lens(
+        read_lens_model({"mass": KNOWN["mass"]}).mass, Grid(SIDE, PIXEL), Grid(SOURCE, 0.12)
+    )
+    clean = (dp.Convolve(torch.from_numpy(star()).float()) @ lens)(source[None])[0, 0]
+    image = clean + NOISE * torch.randn(clean.shape, generator=generator)
+    return image.double().numpy(), source
+
+
+def run(**options: Any) -> LensResult:
+    settings: dict[str, Any] = {
+        "model": MODEL,
+        "prior": prior(),
+        "samples": 8,
+        "chains": 4,
+        "draws": 40,
+        "warmup": 20,
+        "restarts": 2,
+        "sampler": dp.DPMSolver(12, eta=1.0),
+        "progress": False,
+    }
+    image, _ = simulated()
+    return reconstruct_lens(image, star(), NOISE, **(settings | options))
+
+
+@pytest.fixture(scope="module")
+def result() -> LensResult:
+    return run()
+
+
+def test_the_lens_and_its_source_are_found(result: LensResult, tmp_path: Path) -> None:
+    mean, std = result.joint.mean, result.joint.std
+    for name, truth in TRUTH.items():
+        i = result.joint.names.index(name)
+        assert abs(float(mean[i]) - truth) < 5 * float(std[i]) < 0.25, name
+    chi2 = result.metrics["reduced_chi2"]
+    assert abs(chi2["draws"] - 1) < 5 * chi2["expected_std"]
+    _, source = simulated()
+    off = (result.mean - source[0].double().numpy()) / result.std
+    assert np.sqrt(np.mean(off**2)) < 2.5
+    flux = result.metrics["source_flux"]
+    assert abs(flux["mean"] - float(source.sum())) < 5 * max(flux["std"], 0.5)
+    assert np.isnan(result.residual).sum() > 0
+    result.save(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["inferred"]["gaussian_exact"] is True
+    assert set(record["metrics"]["shift"]) == set(TRUTH)
+    with pytest.raises(FileExistsError, match="overwrite"):
+        result.save(tmp_path / "out")
+
+
+def test_a_known_lens_leaves_the_source_alone_and_a_seed_gives_the_same_draws() -> None:
+    few = {"model": KNOWN, "samples": 3, "draws": 6, "warmup": 3, "restarts": 1, "chains": 2}
+    one, again = run(**few), run(**few, batch_size=2)
+    assert one.joint.names == ("source.flux",)
+    torch.testing.assert_close(one.samples.x, again.samples.x, atol=1e-3, rtol=1e-3)
+    assert abs(one.metrics["reduced_chi2"]["draws"] - 1) < 0.3
+    held = run(**(few | {"model": MODEL}), fixed=True)
+    assert held.joint.names == ("source.flux",)
+    assert held.median_lens is not None
+
+
+def test_binning_keeps_the_light_and_hides_what_is_partly_masked() -> None:
+    image, _ = simulated()
+    scene = lens_scene(
+        prepare(image, star(), NOISE, background="none"), read_description({**KNOWN, "bin": 2})
+    )
+    coarse = binned(scene, 2)
+    assert coarse.grid.extent == pytest.approx(scene.grid.extent)
+    assert float(coarse.psf.sum()) == pytest.approx(1.0)
+    rows, columns = (coarse.seen).nonzero()[0].tolist()
+    block = scene.y[0, 2 * rows : 2 * rows + 2, 2 * columns : 2 * columns + 2]
+    assert float(coarse.y[0, rows, columns]) == pytest.approx(float(block.sum()), rel=1e-5)
+    assert float(coarse.std[0, rows, columns]) == pytest.approx(2 * NOISE, rel=1e-5)
+    assert 4 * int(coarse.seen.sum()) < int(scene.seen.sum())
+
+
+# The command line -------------------------------------------------------------------------------
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """image.fits with world coordinates, psf.fits, lens.yaml, and an untrained network as the prior."""
+    path = tmp_path_factory.mktemp("lens")
+    image, _ = simulated()
+    hdu = fits.PrimaryHDU(image.astype(np.float32))
+    step = PIXEL / 3600
+    cards = {"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", "CRVAL1": 150.0, "CRVAL2": 2.0}
+    cards |= {"CRPIX1": 16.5, "CRPIX2": 16.5, "CD1_1": -step, "CD2_2": step, "BUNIT": "electron/s"}
+    hdu.header.update(cards)
+    hdu.writeto(path / "image.fits")
+    fits.PrimaryHDU(star()).writeto(path / "psf.fits")
+    model = {k: v for k, v in KNOWN.items() if k != "pixel"}
+    model["source"] = {"size": 16, "pixel": 0.09, "centre": [0.0, 0.0]}
+    (path / "lens.yaml").write_text(yaml.safe_dump(model))
+    settings = {"kind": "unet", "channels": 1, "patch": 2, "widths": [8, 8], "blocks": [1, 1]}
+    torch.manual_seed(0)
+    net = build_network({**settings, "embedding": 16})
+    save_prior(path / "tiny", NetworkScore(net, dp.EDM(), (1, 16, 16), 0.5, card={"name": "tiny"}))
+    return path
+
+
+def command(folder: Path, out: Path, *more: str) -> list[str]:
+    words = [
+        "lens",
+        str(folder / "image.fits"),
+        "--psf",
+        str(folder / "psf.fits"),
+        "--out",
+        str(out),
+    ]
+    words += ["--noise-std", str(NOISE), "--model", str(folder / "lens.yaml")]
+    words += ["--prior", str(folder / "tiny"), "--samples", "4", "--steps", "4", "--chains", "2"]
+    words += ["--draws", "8", "--warmup", "5", "--restarts", "1", "--batch-size", "2"]
+    return [*words, *more]
+
+
+def test_an_interrupted_command_goes_on_to_the_same_draws(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = runner.invoke(app, command(folder, tmp_path / "whole"))
+    assert done.exit_code == 0, done.output
+    whole = Samples.load(tmp_path / "whole" / "samples.zarr")
+    names = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert {"run.json", "parameters.csv", "corner.png", "summary.png", "model.fits"} <= names
+    assert {"source_mean.fits", "source_std.fits", "source_samples.fits", "chains.zarr"} <= names
+    header = fits.getheader(tmp_path / "whole" / "source_mean.fits")
+    assert header["CTYPE1"] == "RA---TAN"
+    assert abs(abs(header.get("CDELT1", 1) * header.get("PC1_1", 1)) * 3600 - 0.09) < 1e-6
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert record["metrics"]["rhat"] > 0 and record["inputs"]["model"]["sha256"]
+    assert record["metrics"]["magnification"]["mean"] > 1
+
+    from diffpost import resume
+
+    save, saved = resume.RunFolder.save, []
+
+    def interrupt(self: resume.RunFolder, *args: object) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(1)
+        save(self, *args)  # type: ignore[arg-type]
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.RunFolder, "save", interrupt)
+        stopped = runner.invoke(app, command(folder, out))
+    assert stopped.exit_code == 130 and "--resume" in stopped.stderr
+    refused = runner.invoke(app, command(folder, out))
+    assert refused.exit_code == 2 and "--resume" in refused.stderr
+    goes_on = runner.invoke(app, command(folder, out, "--resume"))
+    assert goes_on.exit_code == 0, goes_on.output
+    torch.testing.assert_close(Samples.load(out / "samples.zarr").x, whole.x)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"masss": {}}, "mass"),
+        ({"mass": {"main": {"profile": "SIEE"}}}, "'SIE'"),
+        ({"mass": {"main": {**KNOWN["mass"]["main"], "rein": 1.0}}}, "'Rein'"),
+        ({"mass": {"main": {**KNOWN["mass"]["main"], "q": 1.5}}}, "valid range"),
+        ({"mass": {"main": {"profile": "NFW", "mass": 1e13, "c": 5.0}}}, "redshifts"),
+        ({"mask": {"inner": 5.0, "outer": 9.0}}, "hides every pixel"),
+        ({"mask": {"iner": 0.3}}, "'inner'"),
+        ({"mask": {"inner": 2.0, "outer": 1.0}}, "inner < outer"),
+        ({"source": {"size": 13}}, "multiple of"),
+        ({"source": {"pixel": -1}}, "source.pixel"),
+        ({"pixel": 0.5}, "WCS"),
+        ({"oversample": 0}, "oversample"),
+    ],
+)
+def test_bad_models_are_told_and_leave_nothing(
+    folder: Path, tmp_path: Path, change: dict[str, Any], text: str
+) -> None:
+    model = yaml.safe_load((folder / "lens.yaml").read_text()) | change
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(model))
+    got = runner.invoke(
+        app, command(folder, tmp_path / "out", "--model", str(tmp_path / "bad.yaml"))
+    )
+    assert got.exit_code == 2, got.output
+    assert text in got.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_are_told_and_leave_nothing(folder: Path, tmp_path: Path) -> None:
+    fits.PrimaryHDU(np.ones((5, 5))).writeto(tmp_path / "small.fits")
+    (tmp_path / "text.yaml").write_text("mass: [")
+    small = str(tmp_path / "small.fits")
+    for more, text in (
+        (("--mask", small), "mask has shape"),
+        (("--weight", small), "give one of them"),
+        (("--model", str(tmp_path / "text.yaml")), "not YAML"),
+        (("--model", str(tmp_path / "none.yaml")), "no lens model"),
+        (("--samples", "99"), "chains x draws"),
+    ):
+        got = runner.invoke(app, command(folder, tmp_path / "out", *more))
+        assert got.exit_code == 2, got.output
+        assert text in got.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_image_without_world_coordinates_needs_a_pixel() -> None:
+    with pytest.raises(ValueError, match=r"pixel: 0\.05"):
+        run(model={k: v for k, v in KNOWN.items() if k != "pixel"})
+
+
+def test_a_source_grid_that_is_too_small_is_told() -> None:
+    small = {**KNOWN, "source": {"size": 12, "pixel": 0.09, "centre": [0.0, 0.0]}}
+    told: list[str] = []
+    quick = {"samples": 1, "draws": 4, "warmup": 3, "chains": 2, "restarts": 1}
+    run(model=small, sampler=dp.DPMSolver(3), announce=told.append, **quick)
+    assert any("outside the source grid" in line for line in told)
