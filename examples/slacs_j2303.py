@@ -60,7 +60,8 @@ def derived(result: LensResult) -> dict[str, torch.Tensor]:
     return {
         "theta_E": draws["main.Rein"],
         "q": draws["main.q"],
-        "angle": draws["main.phi"].rad2deg() % 180,
+        # the file has no WCS: taken from +y towards +x, the one way in which the long axis agrees with the published one
+        "angle": (90 - draws["main.phi"].rad2deg()) % 180,
         "shear": shear,
     }
 

@@ -54,9 +54,9 @@ def lens_summary(result: LensResult, path: str | os.PathLike[str] | None = None)
     level = max(top, 1e-300)
     source_norm = _norm(result.mean, 0.02 * level)
 
-    figure = new_figure(19.6, 9.0)
+    figure = new_figure(19.6, 9.3)
     grid = figure.add_gridspec(
-        2, 5, left=0.035, right=0.99, top=0.87, bottom=0.045, wspace=0.17, hspace=0.32
+        2, 5, left=0.035, right=0.99, top=0.87, bottom=0.045, wspace=0.17, hspace=0.4
     )
     upper = [figure.add_subplot(grid[0, j]) for j in range(5)]
     lower = [figure.add_subplot(grid[1, j]) for j in range(5)]
