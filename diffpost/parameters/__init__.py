@@ -8,18 +8,23 @@
     evidence   = Evidence(likelihood, prior, gaussian)                        # the image marginalised
     draws      = sample_collapsed(evidence, image_prior=image_prior)
     print(evidence_shift(draws, likelihood, prior))                           # is the Gaussian good enough?
-    draws      = sample_transported(evidence, image_prior, draws)             # and without it
+    draws      = sample_corrected(evidence, image_prior)                      # corrected by images
 
 What is exact, for which prior of images, and how theta mixes:
 
-    sample_collapsed     Gaussian; images of another prior follow a theta that is the Gaussian's    as without an image
-    sample_transported   any, in many moves; starts near a mode                                     between the two
-    sample_blocked       any, as far as the sampler of images is exact                              slowly
+    sample_collapsed    Gaussian. Images of another prior follow a theta that is the      as without an image
+                        Gaussian's.
+    sample_corrected    Where the log ratio of evidences is quadratic over the bulk; in   as without an image
+                        many images.
+    sample_transported  Any whose score at the lowest noise is a true gradient, as of     nearly so
+                        closed forms; a network's is not over long ways.
+    sample_blocked      Any, as far as the images are exact draws.                        slowly
 """
 
 from diffpost.parameters.blocked import sample_blocked
 from diffpost.parameters.chains import Chains, Kernel, LogDensity, run_chains
 from diffpost.parameters.collapsed import Start, sample_collapsed, starting_points
+from diffpost.parameters.corrected import sample_corrected
 from diffpost.parameters.evidence import Evidence, ImageGivenParameters
 from diffpost.parameters.family import OperatorFamily, ParametricLikelihood
 from diffpost.parameters.gaussian import GaussianImage
@@ -60,6 +65,7 @@ __all__ = [
     "run_chains",
     "sample_blocked",
     "sample_collapsed",
+    "sample_corrected",
     "sample_transported",
     "starting_points",
 ]

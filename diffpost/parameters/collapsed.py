@@ -191,11 +191,7 @@ def sample_collapsed(
     theta = prior.unwrapped(prior.constrain(run.z))
     samples = None
     if images:
-        every = torch.linspace(kernel.draws - 1, 0, images).round().long().flip(0)
-        chain = torch.arange(chains).repeat_interleave(images)
-        draw = every.repeat(chains)
-        chosen = theta[chain, draw]
-        told = {"theta": chosen.cpu(), "chain": chain, "draw": draw}
+        chosen, told = chosen_draws(theta, images)
         if image_prior is None:
             samples = _gaussian_images(evidence, chosen, derived_seed(seed, "images"), told)
         else:
@@ -222,6 +218,16 @@ def sample_collapsed(
         extras=steps,
         info=info | {"evaluations": run.evaluations},
     )
+
+
+def chosen_draws(theta: Tensor, images: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """As many evenly spaced draws of every chain, the last among them: (chains images, P), and which they are."""
+    chains, draws = theta.shape[:2]
+    every = torch.linspace(draws - 1, 0, images).round().long().flip(0)
+    chain = torch.arange(chains).repeat_interleave(images)
+    draw = every.repeat(chains)
+    chosen = theta[chain.to(theta.device), draw.to(theta.device)]
+    return chosen, {"theta": chosen.cpu(), "chain": chain, "draw": draw}
 
 
 def check_one_problem(likelihood: ParametricLikelihood, name: str) -> None:

@@ -22,11 +22,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffpost.parameters.chains import value_and_gradient
 from diffpost.parameters.family import ParametricLikelihood
 from diffpost.parameters.prior import ParameterPrior
 from diffpost.parameters.result import JointSamples
 
-__all__ = ["EvidenceShift", "evidence_shift"]
+__all__ = ["EvidenceShift", "evidence_shift", "image_gradients"]
 
 _BATCH = 64
 
@@ -71,17 +72,25 @@ def evidence_shift(
     columns = [joint.names.index(name) for name in prior.names]
     theta = joint.samples.extras["theta"][:, columns].double()
     z = prior.unconstrain(theta).to(likelihood.y.device)
-    gradients = []
-    for part in torch.arange(len(z)).split(_BATCH):
-        x = joint.samples.x[part].to(likelihood.y.device).double()
-        leaf = z[part.to(z.device)].detach().requires_grad_()
-        with torch.enable_grad():
-            values = prior.values(prior.constrain(leaf))
-            value = likelihood.log_prob(values, x) + prior.log_prob_z(leaf)
-            gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
-    g = torch.cat(gradients).cpu()
+    g = image_gradients(likelihood, prior, z, joint.samples.x).cpu()
     all_z = prior.unconstrain(joint.theta[..., columns].double()).flatten(0, 1)
     off = all_z - all_z.mean(0)
     covariance = off.T @ off / max(len(off) - 1, 1)
     moved = g @ covariance / covariance.diagonal().sqrt()
     return EvidenceShift(prior.names, moved.mean(0), moved.std(0) / len(g) ** 0.5)
+
+
+def image_gradients(
+    likelihood: ParametricLikelihood, prior: ParameterPrior, z: Tensor, x: Tensor
+) -> Tensor:
+    """grad_z [log p(y | x_i, theta(z_i)) + log p(z_i)], z (n, P) and x (n, *shape) to (n, P)."""
+    gradients = []
+    for part in torch.arange(len(z)).split(_BATCH):
+        images = x[part.to(x.device)].to(z.device).double()
+
+        def log_density(leaf: Tensor, images: Tensor = images) -> Tensor:
+            values = prior.values(prior.constrain(leaf))
+            return likelihood.log_prob(values, images) + prior.log_prob_z(leaf)
+
+        gradients.append(value_and_gradient(log_density, z[part.to(z.device)])[1])
+    return torch.cat(gradients)
