@@ -107,7 +107,7 @@ def test_stretch_reproduces_known_distributions(target):
     assert accepts(draws, mean, std, cdf), deviations(draws, mean, std, cdf)
 
 
-@pytest.mark.parametrize("kernel", [HMC(100, 60), Stretch(250, 100)])
+@pytest.mark.parametrize("kernel", [HMC(120, 60), Stretch(250, 100)])
 def test_bounded_priors_cut_the_posterior(kernel):
     log_density, mean, std, cdf, prior = bounded()
     chains = run_chains(log_density, kernel, start(64, 2), seed=3)
@@ -118,7 +118,7 @@ def test_bounded_priors_cut_the_posterior(kernel):
 @pytest.mark.parametrize(
     ("module", "kernel", "share"),
     [
-        (hmc_module, HMC(150, 100, leapfrogs=1, target=0.574), 0.0),  # accepts everything
+        (hmc_module, HMC(130, 100, leapfrogs=1, target=0.574), 0.0),  # accepts everything
         (stretch_module, Stretch(400, 250, group=64), 0.5),  # accepts by the root of the ratio
     ],
 )

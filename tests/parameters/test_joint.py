@@ -142,7 +142,7 @@ def test_the_ensemble_does_as_well(evidence, exact):
 
 def test_transported_chains_reproduce_the_exact_posterior(problem, exact, evidence, collapsed):
     draws = sample_transported(
-        evidence, problem.score, collapsed, sweeps=120, warmup=50, thin=8, seed=2, image_moves=3
+        evidence, problem.score, collapsed, sweeps=80, warmup=30, thin=8, seed=2
     )
     assert accepts(draws.theta, *exact), deviations(draws.theta, *exact)
     # a Gaussian prior of images lets theta go as far as if there were no image
@@ -162,15 +162,15 @@ def test_turns_reproduce_the_exact_posterior(problem, exact):
         problem.prior,
         problem.score,
         problem.prior.sample(32, seed=3),
-        sweeps=40,
-        warmup=10,
+        sweeps=30,
+        warmup=8,
         thin=10,
         sampler=SAMPLER,
         seed=4,
     )
     assert accepts(draws.theta, *exact), deviations(draws.theta, *exact)
     assert 0.7 < float(draws.acceptance.mean()) < 0.95
-    assert draws.samples.x.shape == (32 * 4, 1, 6, 6)
+    assert draws.samples.x.shape == (32 * 3, 1, 6, 6)
 
 
 def heavy(problem):
@@ -200,13 +200,15 @@ def test_transport_corrects_a_prior_that_is_not_gaussian():
         evidence,
         HMC(100, 60, leapfrogs=3),
         chains=16,
-        images=20,
+        images=4,
         image_prior=prior,
         sampler=SAMPLER,
         seed=5,
     )
     assert not accepts(start.theta, *exact)
-    draws = sample_transported(evidence, prior, start, sweeps=150, warmup=60, thin=50, seed=6)
+    draws = sample_transported(
+        evidence, prior, start, sweeps=100, warmup=40, thin=50, seed=6, image_moves=1
+    )
     assert accepts(draws.theta, *exact), deviations(draws.theta, *exact)
 
 
@@ -219,7 +221,7 @@ def test_a_gaussian_that_is_wrong_only_shortens_the_moves(problem, exact, collap
         GaussianImage(right.mean + 0.1, right.modes, 0.7 * right.std),
     )
     draws = sample_transported(
-        wrong, problem.score, collapsed, sweeps=100, warmup=40, thin=50, seed=7
+        wrong, problem.score, collapsed, sweeps=60, warmup=30, thin=50, seed=7, image_moves=1
     )
     assert accepts(draws.theta, *exact), deviations(draws.theta, *exact)
 
@@ -233,7 +235,7 @@ def test_the_shift_is_zero_for_the_right_gaussian_and_tells_a_wrong_one(problem,
         Evidence(problem.likelihood, problem.prior, beside),
         HMC(80, 60, leapfrogs=3),
         chains=12,
-        images=40,
+        images=24,
         image_prior=problem.score,
         sampler=SAMPLER,
         seed=8,
@@ -256,8 +258,8 @@ def test_rounds_of_images_correct_a_wrong_gaussian(problem, exact):
     gaussian = problem.gaussian
     wrong = GaussianImage(gaussian.mean.roll(1, -1), gaussian.modes, 0.8 * gaussian.std)
     evidence = Evidence(problem.likelihood, problem.prior, wrong)
-    kernel = HMC(60, 50, leapfrogs=3)
-    more = {"chains": 12, "images": 20, "sampler": SAMPLER, "restarts": 4, "seed": 14}
+    kernel = HMC(40, 40, leapfrogs=2)
+    more = {"chains": 12, "images": 12, "sampler": SAMPLER, "restarts": 4, "seed": 14}
     first = sample_corrected(evidence, problem.score, kernel, rounds=0, **more)
     assert not accepts(first.theta, *exact)
     draws = sample_corrected(evidence, problem.score, kernel, rounds=2, **more)
@@ -277,7 +279,7 @@ def test_rounds_of_images_correct_a_wrong_gaussian(problem, exact):
 def test_collapsed_ranks_of_many_problems_are_uniform():
     """Simulation-based calibration of 120 problems in one batch, two chains each."""
     sims, chains = 120, 2
-    base = toy(size=5, noise=0.2)
+    base = toy(size=4, noise=0.2)
     truths = base.prior.sample(sims, seed=9)
     ids = torch.arange(sims)
     x = base.score.sample(sims, seed=10)
@@ -290,7 +292,7 @@ def test_collapsed_ranks_of_many_problems_are_uniform():
         evidence = Evidence(likelihood, base.prior, base.gaussian)
         start = base.prior.unconstrain(base.prior.sample(len(rows), seed=12))
         modes = find_modes(evidence, start, group=chains, adam=20, bfgs=15)
-        kernel = HMC(60, 40, leapfrogs=3, group=chains, covariance=modes.covariance)
+        kernel = HMC(48, 32, leapfrogs=3, group=chains, covariance=modes.covariance)
         run = run_chains(evidence, kernel, modes.z.flatten(0, 1), seed=13)
         assert bool((run.nonfinite == 0).all())
         theta = base.prior.constrain(run.z)[:, ::3].reshape(sims, -1, 2)
