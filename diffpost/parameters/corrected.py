@@ -21,8 +21,14 @@ the chains, not the moves, where that dominates.
 Exact where r is quadratic over the bulk of the posterior, in the limit of many images and as far as they are exact
 draws; for a Gaussian prior of images r is 0 and the fit finds it. It asks nothing of the prior but draws, hence the scores
 at all levels of noise, where :func:`sample_transported <diffpost.parameters.transported.sample_transported>` relies on
-the lowest alone. An image's gradient is noisy: if theta is known rho times better with the image than without it, n
-images leave an error of the mean of about 1/(rho n^1/2) standard deviations.
+the lowest alone.
+
+The gradient is what a strong likelihood makes of the prior's weak pull on the image, and so it magnifies errors. If theta
+is known rho times better with the image than without it, n images leave a statistical error of the mean of about
+1/(rho n^1/2) standard deviations, and a sampler of images that is off by a share f of their standard deviation one of
+f/rho, which no number of images shows. Where rho is a tenth, take a sampler that is good to a percent, or believe
+no shift below a standard deviation. (On the eight galaxies of :mod:`diffpost.parameters.collapsed`, with rho of a fifth for
+the shift and the default sampler, it came to 2.4 standard deviations rms from 3, and the width stayed.)
 """
 
 from __future__ import annotations

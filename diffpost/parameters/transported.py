@@ -19,6 +19,12 @@ Exact in the limit of many moves, for any prior whose score is the gradient of l
 decides only how far theta can go. If images are that Gaussian, and nu is small, L^T (c - mu) is independent of theta and
 a is the collapsed ratio: theta then mixes as if there were no image. The less Gaussian p_nu is, the shorter the moves.
 Chains find what lies near their start: begin them at :func:`sample_collapsed <diffpost.parameters.collapsed.sample_collapsed>`.
+
+A network's score at low noise knows what an image looks like nearby, and hardly where on the sky it is or how bright:
+along a shift of two pixels, galaxies-32 at nsr 0.03 gives differences of log p_nu that scatter by 19 from image to image,
+where the scatter of galaxies about the centre makes that 1.4. Along directions that the data leave to the prior chains then drift by several standard deviations. So use it
+with priors in closed form; with a network only where the data decide, at an nsr near the noise per pixel, and compare
+with :func:`sample_corrected <diffpost.parameters.corrected.sample_corrected>`.
 """
 
 from __future__ import annotations
