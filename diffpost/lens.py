@@ -225,9 +225,8 @@ def reconstruct_lens(
     )
     scene = lens_scene(problem, description, mask)
     fine = source_grid(description, scene.grid, source_prior, (0.0, 0.0))
-    lens_system(
-        description, scene, fine, fixed=fixed, rays=1
-    )  # a model that lacks something is told now
+    # A model that lacks something is told now.
+    lens_system(description, scene, fine, fixed=fixed, rays=1)
     size = fine.shape[0]
     notes = list(scene.problem.notes)
     for note in notes:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from diffpost.samplers.particles import effective_size, systematic
+
 if TYPE_CHECKING:
     import xarray
     from astropy.io.fits import Header
@@ -133,9 +135,8 @@ class Samples:
                 )
             return self
         generator = torch.Generator().manual_seed(seed)
-        start = torch.rand((), generator=generator, dtype=torch.float64)
-        points = (torch.arange(count, dtype=torch.float64) + start) / count
-        chosen = torch.searchsorted(self.weights.cumsum(0), points).clamp_max(len(self) - 1)
+        start = torch.rand(1, generator=generator, dtype=torch.float64)
+        chosen = systematic(self.log_weights.double().cpu()[None], start, count)[0]
         chosen = chosen[torch.randperm(count, generator=generator)].to(self.x.device)
         return replace(
             self,
@@ -148,7 +149,9 @@ class Samples:
     @property
     def effective_size(self) -> float:
         """1 / sum of squared weights: the number of draws, less what uneven weights cost (Kong 1992)."""
-        return 1 / float(self.weights.square().sum())
+        if self.log_weights is None:
+            return float(len(self))
+        return float(effective_size(self.log_weights.double()))
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Writes a zarr (v3) store: the draws, the weights, and what made them.

@@ -312,9 +312,8 @@ class Trainer:
         if count and self.heldout is not None:
             try:
                 reference = heldout_reference(prior, crops.batch(0, count, crop)).to_dict()
-            except (
-                ValueError
-            ) as error:  # images it has no statistic for; the prior is as good without
+            except ValueError as error:
+                # Images that it has no statistic for: the prior is as good without.
                 warnings.warn(f"the card gets no reference of likeness: {error}", stacklevel=2)
             else:
                 self._measured[REFERENCE_KEY] = {

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from judge_prior import heldout_crops
 
 from diffpost import plot
 from diffpost.diagnostics import coverage_from_fractions
 from diffpost.io.checkpoints import load_prior
 from diffpost.training_config import TrainConfig
-from diffpost.training_data import CropStream
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
@@ -112,12 +112,9 @@ def heldout_truths(prior: str, data: Path, count: int, path: Path) -> Path:
     """Crops of the held-out frames, one a frame as far as they last, in a file."""
     if not path.exists():
         model = load_prior(prior)
-        config = TrainConfig.from_dict(model.card["training"]["config"]).to_dict()
-        for source in config["heldout"]:
-            source["path"] = str(data / Path(source["path"]).name)
-        crops = CropStream(TrainConfig.from_dict(config).heldout, seed=1)
+        config = TrainConfig.from_dict(model.card["training"]["config"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, crops.batch(0, count, model.shape[-1])[:, 0].numpy())
+        np.save(path, heldout_crops(config, data, count, model.shape[-1])[:, 0].numpy())
     return path
 
 

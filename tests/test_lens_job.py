@@ -281,3 +281,26 @@ def test_a_source_grid_that_is_too_small_is_told() -> None:
     quick = {"samples": 1, "draws": 4, "warmup": 3, "chains": 2, "restarts": 1}
     run(model=small, sampler=dp.DPMSolver(3), announce=told.append, **quick)
     assert any("outside the source grid" in line for line in told)
+
+
+def test_a_known_lens_sees_the_modes_of_the_source_once():
+    """The evidence shows them anew in every evaluation, as views of the same memory."""
+    from diffpost.jobs.lens_system import FLUX, KnownLens
+    from diffpost.operator import Matrix
+
+    seen = []
+
+    class Counted(Matrix):
+        def __call__(self, x):
+            seen.append(len(x))
+            return super().__call__(x)
+
+    operator = Counted(torch.arange(12.0).reshape(3, 4).double())
+    family = KnownLens(operator, (4,), (3,))
+    images = torch.eye(4, dtype=torch.float64)
+    flux = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    for _ in range(5):
+        parts = [family.columns({FLUX: flux}, part) for part in images.split(2)]
+        both = torch.cat(parts)
+        assert torch.equal(both, flux[None, :, None] * operator.matrix.T[:, None])
+    assert seen == [2, 2]

@@ -2,9 +2,8 @@
 
 Moment matching is exact for Gaussian priors and linear operators and the least biased of the guidances elsewhere. What
 differs is where C_t comes from: in closed form where the prior has one; from the table of denoising errors that
-training leaves in the prior's card, at no Jacobian product a step until the noise
-is near that of the data; from the Jacobian itself where the data are few;
-and otherwise white, of a variance above that of any mode, which follows the data slowly. (With a smaller one, smooth
+training leaves in the prior's card, at no Jacobian product a step until the noise is near
+that of the data; from the Jacobian itself where the data are few; and otherwise white, of a variance above that of any mode, which follows the data slowly. (With a smaller one, smooth
 modes are moved too far in every step and the trajectory breaks up.)
 """
 

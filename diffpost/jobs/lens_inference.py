@@ -32,18 +32,17 @@ from diffpost.parameters import (
     Evidence,
     GaussianImage,
     JointSamples,
-    Modes,
     ParameterPrior,
     ParametricLikelihood,
     find_modes,
     sample_collapsed,
 )
 from diffpost.parameters.checkpoint import Checkpoint
+from diffpost.parameters.collapsed import distinct_modes, scattered
 from diffpost.parameters.priors import LogNormal
 from diffpost.parameters.result import derived_seed
 from diffpost.physics.grid import Grid
 from diffpost.posterior import Posterior
-from diffpost.random import normal
 from diffpost.sample import sample
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.samples import Samples
@@ -69,9 +68,7 @@ _SEARCH_MODES = 40
 _WIDER = 1.5  # the first grid, on which a source is sought
 _GUESS = 5.0  # of the magnification, for the first guess of the source's flux
 _WIDTH = 1.5  # of the prior of its logarithm
-_WORSE, _NEAR = 10.0, 0.1
-_SCATTER = 1.5
-_HALVINGS = 8
+_ROOM = 4.0  # for the scatter of the chains' starts, of what a normal would lose
 _ROUGH = 64  # pixels on a side, from which the search adds them up by 2 x 2
 _STREAM = 24_700
 
@@ -328,57 +325,27 @@ def _search(
     modes = find_modes(first, begin, adam=80, bfgs=40, progress=progress)
     best = first.prior.constrain(modes.z[:1])
     centre = fine.centre if given else _centroid(mean_source(first, best)[0], wide)
-    good = _distinct(modes, first.prior)[:3]
+    good = distinct_modes(modes, first.prior)[:3]
     placed = coarse_grid(replace(fine, centre=centre), stand_in.bins)
     scene = binned(scene, description.bin)
     system = lens_system(description, scene, placed, fixed=fixed, rays=None)
     full = evidence_of(description, scene, system, stand_in.gaussian)
     modes = find_modes(full, good, adam=25, bfgs=40, rate=0.02, progress=progress)
-    kept = _distinct(modes, full.prior)
-    z = _scattered(full, kept[torch.arange(chains) % len(kept)], modes.covariance, seed)
+    kept = distinct_modes(modes, full.prior)
+    z = scattered(
+        full,
+        kept[torch.arange(chains) % len(kept)],
+        modes.covariance,
+        seed,
+        room=_ROOM,
+        stream=_STREAM,
+    )
     return {
         "theta": full.prior.constrain(z),
         "covariance": modes.covariance,
         "centre": torch.tensor(centre, dtype=torch.float64),
         "modes": torch.tensor(len(kept)),
     }
-
-
-def _distinct(modes: Modes, prior: ParameterPrior) -> Tensor:
-    """Different modes (n, P) whose density comes near the best one's, best first."""
-    periods = [p.z_period for p in prior.priors]
-    kept: list[Tensor] = []
-    for z in modes.z[modes.log_prob >= modes.log_prob[0] - _WORSE]:
-        apart = []
-        for other in kept:
-            off = (z - other).tolist()
-            turned = [
-                v if t is None else math.remainder(v, t) for v, t in zip(off, periods, strict=True)
-            ]
-            apart.append(max(abs(v) for v in turned) > _NEAR)
-        if all(apart):
-            kept.append(z)
-    return torch.stack(kept)
-
-
-def _scattered(evidence: Evidence, z: Tensor, covariance: Tensor, seed: int) -> Tensor:
-    """Starts of chains about modes z (chains, P), wider than the posterior, but where the density is not lost.
-
-    Where the curvature promises more room than there is, the scatter is halved.
-    """
-    noise = (
-        normal(seed, torch.arange(len(z)), 0, (z.shape[1],), torch.float64, stream=_STREAM)
-        @ torch.linalg.cholesky(covariance).T
-    )
-    size = torch.full((len(z), 1), _SCATTER, dtype=torch.float64)
-    with torch.no_grad():
-        least = evidence(z) - 2 * _SCATTER**2 * z.shape[1]
-        for _ in range(_HALVINGS):
-            lost = ~(evidence(z + size * noise) >= least)
-            if not bool(lost.any()):
-                return z + size * noise
-            size = torch.where(lost[:, None], size / 2, size)
-    return z + torch.where(lost[:, None], 0.0, size) * noise
 
 
 def _centroid(image: Tensor, grid: Grid) -> tuple[float, float]:

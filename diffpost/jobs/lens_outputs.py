@@ -11,18 +11,14 @@ data.fits model.fits residual.fits     on the image plane, with the input's worl
 
 from __future__ import annotations
 
-import json
-import platform
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from astropy.io import fits
 
-from diffpost._version import __version__
 from diffpost.io.fits import write_cube, write_map
-from diffpost.jobs.outputs import OutputFolder, file_hash, versions
+from diffpost.jobs.outputs import OutputFolder, asked, computed_on, prior_record
 
 if TYPE_CHECKING:
     from diffpost.lens import LensResult
@@ -39,13 +35,7 @@ def write_lens(
     ------
     OSError: the disk is full or not writable; finished parts and older results are untouched.
     """
-
-    def fill(new: Path) -> None:
-        _products(result, new)
-        text = json.dumps(record or lens_record(result), indent=2)
-        (new / folder.record).write_text(text + "\n")
-
-    folder.publish(fill)
+    folder.publish_with(lambda new: _products(result, new), record or lens_record(result))
 
 
 def lens_record(
@@ -57,18 +47,9 @@ def lens_record(
     prior: str | None = None,
 ) -> dict[str, Any]:
     """What made a result, as JSON values; the same arguments and versions reproduce it."""
-    from diffpost.deconvolve import prior_hash
-
-    card = getattr(result.prior, "card", None)
     problem, image, source = result.scene.problem, result.scene.grid, result.source
     return {
-        "diffpost": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "arguments": arguments or {},
-        "inputs": {
-            name: {"path": path, "sha256": file_hash(path)} for name, path in (inputs or {}).items()
-        },
+        **asked(command, arguments, inputs),
         "model": _plain(result.description.spec),
         "samples": len(result.samples),
         "chains": result.joint.theta.shape[0],
@@ -78,9 +59,7 @@ def lens_record(
         "sampler": result.sampler,
         "calls_per_draw": result.samples.calls,
         "prior": {
-            "name": prior or (card or {}).get("name"),
-            "sha256": prior_hash(result.prior),
-            "shape": list(result.prior.shape),
+            **prior_record(result.prior, prior),
             "scale": float(torch.as_tensor(result.prior.scale).double().mean()),
         },
         "inferred": {**result.inferred, **problem.report},
@@ -94,12 +73,7 @@ def lens_record(
         "notes": list(result.notes),
         "metrics": result.metrics,
         "timings": result.timings,
-        "versions": versions(),
-        "machine": {
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "device": str(result.prior.device),
-        },
+        **computed_on(result.prior),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class KnownLens(OperatorFamily):
         self.operator = operator
         self.names = (FLUX,)
         self.input_shape, self.data_shape = input_shape, data_shape
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def at(self, values: Values) -> LinearOperator:
         flux = values[FLUX].detach()
@@ -78,12 +78,13 @@ class KnownLens(OperatorFamily):
         return values[FLUX].reshape(-1, *[1] * len(self.data_shape)) * self.operator(x)
 
     def columns(self, values: Values, images: Tensor) -> Tensor:
-        # The same images at every flux: seen once.
-        kept = self._seen.get(id(images))
-        if kept is None or kept[0] is not images:
+        # The same images at every flux: seen once. They come as new views of the same memory, which is kept alive here.
+        place = (images.data_ptr(), tuple(images.shape), images.stride(), images.dtype)
+        kept = self._seen.get(place)
+        if kept is None:
             with torch.no_grad():
                 kept = images, self.operator(images)
-            self._seen[id(images)] = kept
+            self._seen[place] = kept
         return values[FLUX].reshape(1, -1, *[1] * len(self.data_shape)) * kept[1][:, None]
 
 

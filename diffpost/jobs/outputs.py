@@ -36,6 +36,7 @@ from diffpost.io.fits import write_cube, write_map
 
 if TYPE_CHECKING:
     from diffpost.deconvolve import DeconvolutionResult
+    from diffpost.score import ScoreModel
 
 __all__ = ["OutputFolder", "file_hash", "run_record", "versions"]
 
@@ -119,11 +120,14 @@ class OutputFolder:
         ------
         OSError: the disk is full or not writable; finished draws and older results are untouched.
         """
+        self.publish_with(lambda new: _write_products(result, new), record or run_record(result))
+
+    def publish_with(self, products: Callable[[Path], None], record: dict[str, Any]) -> None:
+        """`publish` what `products` writes, and after it the record as JSON."""
 
         def fill(new: Path) -> None:
-            _write_products(result, new)
-            text = json.dumps(record or run_record(result), indent=2)
-            (new / self.record).write_text(text + "\n")
+            products(new)
+            (new / self.record).write_text(json.dumps(record, indent=2) + "\n")
 
         self.publish(fill)
 
@@ -273,29 +277,16 @@ def run_record(
 
     inputs: name -> path of the files that were read; their hashes are recorded.
     """
-    from diffpost.deconvolve import prior_hash
-
     problem, info = result.problem, dict(result.samples.info)
-    card = getattr(result.prior, "card", None)
     return {
-        "diffpost": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "arguments": arguments or {},
-        "inputs": {
-            name: {"path": path, "sha256": file_hash(path)} for name, path in (inputs or {}).items()
-        },
+        **asked(command, arguments, inputs),
         "seed": info.get("seed"),
         "samples": len(result.samples),
         "calls_per_draw": result.samples.calls,
         "jacobian_products_per_draw": result.samples.vjps,
         "guidance": repr(result.guidance),
         "sampler": repr(result.sampler),
-        "prior": {
-            "name": prior or (card or {}).get("name"),
-            "sha256": prior_hash(result.prior),
-            "shape": list(result.prior.shape),
-        },
+        "prior": prior_record(result.prior, prior),
         "inferred": {
             "scale": float(torch.as_tensor(result.prior.scale).double().mean()),
             "offset": float(torch.as_tensor(result.prior.offset).double().mean()),
@@ -317,11 +308,44 @@ def run_record(
         "notes": list(problem.notes),
         "metrics": result.metrics,
         "timings": result.timings,
+        **computed_on(result.prior),
+    }
+
+
+def asked(
+    command: list[str] | None, arguments: dict[str, Any] | None, inputs: dict[str, str] | None
+) -> dict[str, Any]:
+    """How a record begins: the version, the time, what was asked and of which files."""
+    return {
+        "diffpost": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "arguments": arguments or {},
+        "inputs": {
+            name: {"path": path, "sha256": file_hash(path)} for name, path in (inputs or {}).items()
+        },
+    }
+
+
+def prior_record(prior: ScoreModel, name: str | None) -> dict[str, Any]:
+    """What a record says of a prior; `name` that it was asked for by."""
+    from diffpost.deconvolve import prior_hash
+
+    return {
+        "name": name or (getattr(prior, "card", None) or {}).get("name"),
+        "sha256": prior_hash(prior),
+        "shape": list(prior.shape),
+    }
+
+
+def computed_on(prior: ScoreModel) -> dict[str, Any]:
+    """How a record ends: the packages and the machine."""
+    return {
         "versions": versions(),
         "machine": {
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
-            "device": str(result.prior.device),
+            "device": str(prior.device),
         },
     }
 

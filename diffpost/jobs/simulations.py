@@ -40,6 +40,7 @@ from diffpost.posterior import Posterior
 from diffpost.random import normal
 from diffpost.sample import describe, integrate
 from diffpost.samplers import Sampler
+from diffpost.samplers.particles import systematic
 from diffpost.score import ScoreModel
 
 __all__ = ["CONTROLS", "MISFIT", "Experiment", "Statistic", "default_statistics"]
@@ -249,11 +250,9 @@ class Experiment:
 
     def _equal(self, log_weights: Tensor, i: int) -> Tensor:
         """Which draws stand for weighted ones, by systematic resampling: (M,) indices."""
-        share = torch.softmax(log_weights.double(), 0).cumsum(0)
         start = np.random.default_rng(_seed(self.seed, _TIES, i)).uniform()
-        places = (torch.arange(self.samples, dtype=torch.float64) + start) / self.samples
-        found = torch.searchsorted(share, places.to(share.device))
-        return found.clamp_max(self.samples - 1)
+        place = torch.tensor([start], dtype=torch.float64, device=log_weights.device)
+        return systematic(log_weights.double()[None], place)[0]
 
     def _references(self, likelihood: Likelihood, ids: Sequence[int]) -> Tensor:
         """(n, *shape) points near the truths, made from the data and chance."""

@@ -25,15 +25,14 @@ from torch import Tensor
 
 from diffpost._version import __version__
 from diffpost.guidance.base import Guidance
-from diffpost.parameters.chains import LogDensity, MoveNoise
+from diffpost.parameters.chains import MoveNoise
 from diffpost.parameters.checkpoint import Checkpoint
-from diffpost.parameters.collapsed import check_one_problem, response
+from diffpost.parameters.collapsed import check_one_problem, drawn_images, response
 from diffpost.parameters.family import ParametricLikelihood
 from diffpost.parameters.hmc import HMC, HMCState
 from diffpost.parameters.prior import ParameterPrior
 from diffpost.parameters.result import JointSamples, derived_seed
-from diffpost.posterior import Posterior
-from diffpost.sample import progress_bar, sample
+from diffpost.sample import progress_bar
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.samples import Samples
 from diffpost.score import ScoreModel
@@ -142,28 +141,21 @@ def sample_blocked(
             z = state.z
             kept = [_required(folder, i) for i in _places(first - warmup, thin)]
 
-    def given(x: Tensor) -> LogDensity:
-        def log_density(z: Tensor) -> Tensor:
-            values = prior.values(prior.constrain(z))
-            return likelihood.log_prob(values, x) + prior.log_prob_z(z)
-
-        return log_density
-
     with progress_bar(warmup + sweeps - first, progress) as advance:
         for sweep in range(first, warmup + sweeps):
-            drawn = _images(
+            drawn = drawn_images(
                 likelihood,
-                prior,
+                prior.values(prior.constrain(z)),
                 image_prior,
                 guidance,
                 sampler,
-                z,
                 derived_seed(seed, "images", sweep),
                 batch_size,
+                progress=False,
             )
             x = drawn.x.to(device).double()
             spent = [max(spent[0], drawn.calls), spent[1] + drawn.vjps]
-            density = given(x)
+            density = likelihood.given(prior, x)
             state = kernel.init(density, z) if state is None else kernel.refreshed(density, state)
             if sweep < warmup:
                 found = _curvature(likelihood, prior, z, x)
@@ -228,23 +220,6 @@ def _required(folder: Checkpoint, i: int) -> Tensor:
             f"{folder.path} has lost the images of draw {i}; choose another folder to begin anew."
         )
     return found["x"]
-
-
-def _images(
-    likelihood: ParametricLikelihood,
-    prior: ParameterPrior,
-    image_prior: ScoreModel,
-    guidance: Guidance | None,
-    sampler: Sampler,
-    z: Tensor,
-    seed: int,
-    batch_size: int | None,
-) -> Samples:
-    """An image for each chain, given its theta."""
-    like = torch.zeros((), dtype=image_prior.dtype, device=image_prior.device)
-    values = {k: v.to(like) for k, v in prior.values(prior.constrain(z)).items()}
-    posterior = Posterior(image_prior, likelihood.at(values), guidance)
-    return sample(posterior, len(z), sampler, seed, batch_size, progress=False)
 
 
 def _curvature(

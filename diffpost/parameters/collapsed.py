@@ -28,7 +28,7 @@ from diffpost.guidance.base import Guidance
 from diffpost.parameters.chains import Kernel, run_chains
 from diffpost.parameters.checkpoint import Checkpoint
 from diffpost.parameters.evidence import Evidence
-from diffpost.parameters.family import ParametricLikelihood
+from diffpost.parameters.family import ParametricLikelihood, Values
 from diffpost.parameters.hmc import HMC
 from diffpost.parameters.modes import Modes, find_modes
 from diffpost.parameters.prior import ParameterPrior
@@ -42,9 +42,8 @@ from diffpost.score import ScoreModel
 
 __all__ = ["Start", "sample_collapsed", "starting_points"]
 
-_SCATTER = (
-    1.5  # standard deviations of the mode's curvature: wider than the target, for R-hat to tell
-)
+# standard deviations of the mode's curvature: wider than the target, for R-hat to tell
+_SCATTER = 1.5
 _WORSE = 10.0  # of log density, up to which another mode is worth chains of its own
 _NEAR = 0.1  # in z: modes that are one
 _HALVINGS = 8
@@ -111,15 +110,26 @@ def distinct_modes(modes: Modes, prior: ParameterPrior) -> Tensor:
     return torch.stack(kept)
 
 
-def scattered(evidence: Evidence, z: Tensor, covariance: Tensor, seed: int) -> Tensor:
-    """z (chains, P) with scatter wider than the target; less of it where the curvature promises more room than there is."""
+def scattered(
+    evidence: Evidence,
+    z: Tensor,
+    covariance: Tensor,
+    seed: int,
+    *,
+    room: float = 2.0,
+    stream: int = _STREAM,
+) -> Tensor:
+    """z (chains, P) with scatter wider than the target; less of it where the curvature promises more room than there is.
+
+    room: what a chain's log density may fall by, in units of what a normal of that covariance would lose on average;
+    stream: of the random numbers.
+    """
     ids = torch.arange(len(z))
-    noise = normal(seed, ids, 0, (z.shape[1],), torch.float64, stream=_STREAM).to(z)
+    noise = normal(seed, ids, 0, (z.shape[1],), torch.float64, stream=stream).to(z)
     noise = noise @ torch.linalg.cholesky(covariance).T
     size = torch.full_like(z[:, :1], _SCATTER)
     with torch.no_grad():
-        # twice what a normal of that covariance would lose on average
-        least = evidence(z) - _SCATTER**2 * z.shape[1]
+        least = evidence(z) - room * _SCATTER**2 * z.shape[1] / 2
         for _ in range(_HALVINGS):
             lost = ~(evidence(z + size * noise) >= least)
             if not bool(lost.any()):
@@ -317,16 +327,35 @@ def conditional_images(
     values = evidence.prior.values(theta)
     if evidence.amplitude is not None:
         values.pop(evidence.amplitude)
-    like = torch.zeros((), dtype=image_prior.dtype, device=image_prior.device)
-    likelihood = evidence.likelihood.at({k: v.to(like) for k, v in values.items()})
-    posterior = Posterior(image_prior, likelihood, guidance)
-    drawn = sample(
-        posterior,
-        len(theta),
+    drawn = drawn_images(
+        evidence.likelihood,
+        values,
+        image_prior,
+        guidance,
         DPMSolver(32, eta=1.0) if sampler is None else sampler,
         seed,
         batch_size,
-        progress,
-        checkpoint,
+        checkpoint=checkpoint,
+        progress=progress,
     )
     return dataclasses.replace(drawn, extras=dict(drawn.extras) | told)
+
+
+def drawn_images(
+    likelihood: ParametricLikelihood,
+    values: Values,
+    image_prior: ScoreModel,
+    guidance: Guidance | None,
+    sampler: Sampler,
+    seed: int,
+    batch_size: int | None,
+    *,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> Samples:
+    """A draw of p(x | theta_b, y) by the diffusion posterior for each theta of a batch, by name."""
+    like = torch.zeros((), dtype=image_prior.dtype, device=image_prior.device)
+    given = {name: v.to(like) for name, v in values.items()}
+    posterior = Posterior(image_prior, likelihood.at(given), guidance)
+    count = len(next(iter(given.values())))
+    return sample(posterior, count, sampler, seed, batch_size, progress, checkpoint)

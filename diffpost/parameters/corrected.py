@@ -12,11 +12,12 @@ Fisher's identity,
 So every image that is drawn says, with noise, which way theta should go. In rounds, r is fitted as a quadratic to the
 gradients of all images so far, a linear regression in coordinates w in which the draws have unit covariance,
 
-    r = a v + v B v/2,     v = w/(1 + |w|^2/c^2)^1/2,     B symmetric,     a ~ N(0, 3^2),  B_ij ~ N(0, 0.3^2) beforehand,
+    r = a v + v B v/2,     v = w/(1 + |w|^2/c^2)^1/2,     B symmetric,     a ~ N(0, 3^2),  B_ij ~ N(0, 1/2^2) beforehand,
 
-which beyond c = 4 standard deviations, where nothing is seen, stays what it is; and the next round's chains follow p_G e^r. In the last round every chain follows a draw of (a, B) from the posterior of
-the regression, so that the draws of theta contain what is not known of r; R-hat and effective sample sizes then count
-the chains, not the moves, where that dominates.
+which beyond c = 4 standard deviations, where nothing is seen, stays what it is; and the next round's chains follow
+p_G e^r. In the last round every chain follows a draw of (a, B) from the posterior of the regression, so that the draws
+of theta contain what is not known of r; R-hat and effective sample sizes then count the chains, not the moves, where
+that dominates.
 
 Exact where r is quadratic over the bulk of the posterior, in the limit of many images and as far as they are exact
 draws; for a Gaussian prior of images r is 0 and the fit finds it. It asks nothing of the prior but draws, hence the scores
@@ -64,10 +65,8 @@ from diffpost.score import ScoreModel
 
 __all__ = ["sample_corrected"]
 
-_SHIFT, _BEND = (
-    3.0,
-    0.5,
-)  # standard deviations of a and of B beforehand, in units of the posterior's
+# standard deviations of a and of B beforehand, in units of the posterior's
+_SHIFT, _BEND = 3.0, 0.5
 _MOST = 0.7  # of the posterior's precision that B may take away
 _REACH = 4.0  # standard deviations to which the quadratic is believed
 _STREAM = 24_500

@@ -118,7 +118,7 @@ class Evidence:
             raise ValueError(f"Evidence(chunk={chunk}): expected a positive integer.")
         self.likelihood, self.prior, self.gaussian = likelihood, prior, gaussian
         self.amplitude, self.chunk = amplitude, chunk
-        self._modes = gaussian.scaled_modes
+        self._images = torch.cat([gaussian.mean[None], gaussian.scaled_modes])
         gone = likelihood.noise.masked(likelihood.data_shape)
         # what no row has seen carries nothing
         self._seen: Tensor | None = None
@@ -177,16 +177,15 @@ class Evidence:
         return white.permute(1, 2, 0)
 
     def _chunks(self, batch: int) -> tuple[Tensor, ...]:
+        """The mean and after it the modes, as many at a time as the operator should see."""
         size = max(1, self.likelihood.y[0].numel() * batch)
-        chunk = self.chunk or max(1, _ELEMENTS // size)
-        return self._modes.split(chunk)
+        return self._images.split(self.chunk or max(1, _ELEMENTS // size))
 
     def _whitened(self, values: Values, factor: Tensor) -> tuple[Tensor, Tensor]:
         """w (B, m) and H (B, m, K)."""
-        mean = self._seen_by(values, self.gaussian.mean[None])[..., 0]
-        w = self.whiten(self.likelihood.data(values)) - factor[:, None] * mean
         parts = [self._seen_by(values, part) for part in self._chunks(len(factor))]
-        return w, factor[:, None, None] * torch.cat(parts, 2)
+        seen = factor[:, None, None] * torch.cat(parts, 2)
+        return self.whiten(self.likelihood.data(values)) - seen[..., 0], seen[..., 1:]
 
     def _solved(self, theta: Tensor) -> _Solved:
         values, factor = self._split(theta.double())
@@ -215,13 +214,12 @@ class Evidence:
             slope = outer - torch.cholesky_solve(columns, solved.root)
         else:
             slope = outer - torch.cholesky_solve(columns.mT, solved.root).mT
+        slope = torch.cat([v[:, :, None], slope], 2)  # w falls by what is seen of the mean
         total = torch.zeros_like(theta)
         with torch.enable_grad():
             leaf = theta.double().requires_grad_()
-            values, factor = self._split(leaf)
-            mean_data = self._seen_by(values, self.gaussian.mean[None])[..., 0]
-            w = self.whiten(self.likelihood.data(values)) - factor[:, None] * mean_data
-            total = total + _gradient(w, leaf, -v)
+            data_of = self.whiten(self.likelihood.data(self._split(leaf)[0]))
+            total = total + _gradient(data_of, leaf, -v)
             start = 0
             for part in self._chunks(len(theta)):
                 values, factor = self._split(leaf)

@@ -20,6 +20,7 @@ from diffpost.likelihood import Likelihood
 from diffpost.noise import Noise
 from diffpost.operator import Identity
 from diffpost.operators.base import LinearOperator, Shape
+from diffpost.parameters.chains import LogDensity
 from diffpost.parameters.prior import ParameterPrior
 from diffpost.samplers.chain import has_gaussian_noise
 
@@ -151,6 +152,14 @@ class ParametricLikelihood:
     def log_prob(self, values: Values, x: Tensor) -> Tensor:
         """log p(y | x, theta), x (B, *shape) to (B,); differentiable in both."""
         return self.noise.log_prob(self.residual(values, x))
+
+    def given(self, prior: ParameterPrior, x: Tensor) -> LogDensity:
+        """log p(y | x_b, theta(z_b)) + log p(z_b) of unconstrained coordinates z (B, P), for images x (B, *shape)."""
+
+        def log_density(z: Tensor) -> Tensor:
+            return self.log_prob(prior.values(prior.constrain(z)), x) + prior.log_prob_z(z)
+
+        return log_density
 
     def _hidden(self, r: Tensor) -> Tensor:
         gone = self.noise.masked(self.data_shape)

@@ -88,10 +88,6 @@ def image_gradients(
     gradients = []
     for part in torch.arange(len(z)).split(_BATCH):
         images = x[part.to(x.device)].to(z.device).double()
-
-        def log_density(leaf: Tensor, images: Tensor = images) -> Tensor:
-            values = prior.values(prior.constrain(leaf))
-            return likelihood.log_prob(values, images) + prior.log_prob_z(leaf)
-
+        log_density = likelihood.given(prior, images)
         gradients.append(value_and_gradient(log_density, z[part.to(z.device)])[1])
     return torch.cat(gradients)

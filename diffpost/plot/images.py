@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffpost.plot.figures import INK, new_figure, write
+from diffpost.plot.figures import INK, MUTED, new_figure, write
 
 if TYPE_CHECKING:
     from astropy.io.fits import Header
@@ -135,12 +135,12 @@ def summary(
 
     shown = axes[0][0].imshow(data, origin="lower", norm=norm, cmap=_FLUX, interpolation="nearest")
     _hatch(axes[0][0], masked)
-    _bar(figure, axes[0][0], shown, flux_label)
+    colour_bar(figure, axes[0][0], shown, flux_label)
     shown = axes[0][1].imshow(
         mean, origin="lower", norm=model_norm, cmap=_FLUX, interpolation="nearest"
     )
     _outline(axes[0][1], masked, 1 / ratio)
-    _bar(figure, axes[0][1], shown, flux_label)
+    colour_bar(figure, axes[0][1], shown, flux_label)
     # Where nothing was seen the prior speaks alone; its spread would hide what the data tell.
     known = np.kron(seen, np.ones((round(1 / ratio), round(1 / ratio)))) > 0
     known = known if known.shape == spread.shape and known.any() else np.ones_like(spread, bool)
@@ -149,7 +149,7 @@ def summary(
         spread, origin="lower", norm=spread_norm, cmap=_SPREAD, interpolation="nearest"
     )
     _outline(axes[0][2], masked, 1 / ratio)
-    _bar(figure, axes[0][2], shown, flux_label)
+    colour_bar(figure, axes[0][2], shown, flux_label)
     shown = axes[0][3].imshow(
         np.where(seen, residual, np.nan),
         origin="lower",
@@ -159,7 +159,9 @@ def summary(
         interpolation="nearest",
     )
     _hatch(axes[0][3], masked)
-    _bar(figure, axes[0][3], shown, "standard deviations of the noise", ticks=[-4, -2, 0, 2, 4])
+    colour_bar(
+        figure, axes[0][3], shown, "standard deviations of the noise", ticks=[-4, -2, 0, 2, 4]
+    )
     names = ["Data", "Posterior mean", "Posterior standard deviation", "Residual of the mean"]
     for ax, name in zip(axes[0], names, strict=True):
         _name(ax, name)
@@ -278,17 +280,24 @@ def _ticks(norm: ImageNormalize) -> list[float]:
     return sorted(chosen)
 
 
-def _bar(
-    figure: Figure, ax: Axes, shown: Any, label: str, ticks: list[float] | None = None
+def colour_bar(
+    figure: Figure,
+    ax: Axes,
+    shown: Any,
+    label: str,
+    ticks: list[float] | None = None,
+    *,
+    below: float = 0.045,
 ) -> None:
-    place = ax.inset_axes((0.0, -0.045, 1.0, 0.026))
+    """A colour bar under an axis, this share of its height lower: more where the axis has labels of its own."""
+    place = ax.inset_axes((0.0, -below, 1.0, 0.026))
     bar = figure.colorbar(shown, cax=place, orientation="horizontal")
     values = _ticks(shown.norm) if ticks is None else ticks
     bar.set_ticks(values, labels=[f"{v:g}" for v in values])
     bar.ax.minorticks_off()
     bar.ax.tick_params(labelsize=8.5, length=2, colors=INK, pad=2)
     bar.outline.set_linewidth(0.5)
-    bar.set_label(label, fontsize=8.5, color="#55555f", labelpad=0.5)
+    bar.set_label(label, fontsize=8.5, color=MUTED, labelpad=0.5)
 
 
 def _name(ax: Axes, name: str) -> None:

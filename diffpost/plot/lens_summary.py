@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffpost.plot.figures import INK, MUTED, new_figure, write
-from diffpost.plot.images import _name, _norm
-from diffpost.plot.lensing import _below
+from diffpost.plot.images import _name, _norm, colour_bar
+from diffpost.plot.lensing import UNDER_LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,11 +40,9 @@ def lens_summary(result: LensResult, path: str | os.PathLike[str] | None = None)
 
     scene, source, lens = result.scene, result.source, result.system.lens
     params = result.median_lens
-    critical = [line.cpu().numpy() for line in critical_curves(lens, params)]
-    caustics = [
-        line.detach().cpu().numpy()
-        for line in traced(lens, critical_curves(lens, params), params, 0)
-    ]
+    curves = critical_curves(lens, params)
+    critical = [line.cpu().numpy() for line in curves]
+    caustics = [line.detach().cpu().numpy() for line in traced(lens, curves, params, 0)]
     extent = _extent(result)
     data, model, residual = scene.part(scene.y[0]), result.model, result.residual
     noise = float(scene.std[0][scene.seen].median())
@@ -64,10 +62,11 @@ def lens_summary(result: LensResult, path: str | os.PathLike[str] | None = None)
     label = f"{unit} per pixel" if unit else "flux per pixel"
     for ax, image, name in ((upper[0], data, "Data"), (upper[1], model, "Model, mean of draws")):
         shown = _show(ax, image, extent, norm=norm, cmap="magma")
-        _below(figure, ax, shown, label)
+        colour_bar(figure, ax, shown, label, below=UNDER_LABELS)
         _name(ax, name)
     shown = _show(upper[2], residual, extent, vmin=-5, vmax=5, cmap="RdBu_r")
-    _below(figure, upper[2], shown, "standard deviations of the noise", [-4, -2, 0, 2, 4])
+    name = "standard deviations of the noise"
+    colour_bar(figure, upper[2], shown, name, [-4, -2, 0, 2, 4], below=UNDER_LABELS)
     _name(upper[2], "Residual")
     for ax, color in zip(upper[:3], (_CRITICAL, _CRITICAL, INK), strict=True):
         for line in critical:
@@ -75,11 +74,11 @@ def lens_summary(result: LensResult, path: str | os.PathLike[str] | None = None)
         ax.set_xlim(extent[:2])
         ax.set_ylim(extent[2:])
     shown = _show(upper[3], result.mean, source.extent, norm=source_norm, cmap="magma")
-    _below(figure, upper[3], shown, label)
+    colour_bar(figure, upper[3], shown, label, below=UNDER_LABELS)
     _name(upper[3], "Source, mean")
     spread = _norm(result.std, None, positive=True)
     shown = _show(upper[4], result.std, source.extent, norm=spread, cmap="viridis")
-    _below(figure, upper[4], shown, label)
+    colour_bar(figure, upper[4], shown, label, below=UNDER_LABELS)
     _name(upper[4], "Source, standard deviation")
     for i, ax in enumerate(lower):
         if i >= len(inner):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffpost.plot.figures import INK, MUTED, new_figure, write
-from diffpost.plot.images import _name, _norm, _ticks
+from diffpost.plot.images import _name, _norm, colour_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +25,7 @@ __all__ = ["lens"]
 Array = NDArray[np.float64]
 
 _CRITICAL, _CAUSTIC, _BORDER = "#5fd3ff", "#ffb347", "#8f8f99"
+UNDER_LABELS = 0.17  # of an axis' height, where its own labels end
 _LARGEST = 100.0  # |mu| at the end of the scale
 
 
@@ -134,7 +135,7 @@ def _show(figure: Figure, ax: Axes, plane: Array | None, grid: Grid, label: str)
         cmap="magma",
         interpolation="nearest",
     )
-    _below(figure, ax, shown, label)
+    colour_bar(figure, ax, shown, label, below=UNDER_LABELS)
 
 
 def _magnification(figure: Figure, ax: Axes, mu: Array, grid: Grid) -> None:
@@ -148,21 +149,7 @@ def _magnification(figure: Figure, ax: Axes, mu: Array, grid: Grid) -> None:
         cmap="RdBu_r",
         interpolation="nearest",
     )
-    _below(figure, ax, shown, "|magnification|", ticks=[0.01, 0.1, 1, 10, 100])
-
-
-def _below(
-    figure: Figure, ax: Axes, shown: Any, label: str, ticks: list[float] | None = None
-) -> None:
-    """A colour bar under the axis' own labels."""
-    place = ax.inset_axes((0.0, -0.17, 1.0, 0.026))
-    bar = figure.colorbar(shown, cax=place, orientation="horizontal")
-    values = _ticks(shown.norm) if ticks is None else ticks
-    bar.set_ticks(values, labels=[f"{v:g}" for v in values])
-    bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=8.5, length=2, colors=INK, pad=2)
-    bar.outline.set_linewidth(0.5)
-    bar.set_label(label, fontsize=8.5, color=MUTED, labelpad=0.5)
+    colour_bar(figure, ax, shown, "|magnification|", [0.01, 0.1, 1, 10, 100], below=UNDER_LABELS)
 
 
 def _lines(ax: Axes, curves: list[Tensor], colour: str) -> None:

@@ -15,20 +15,22 @@ def effective_size(log_weights: Tensor) -> Tensor:
     return 1 / torch.softmax(log_weights, -1).square().sum(-1)
 
 
-def systematic(log_weights: Tensor, uniform: Tensor) -> Tensor:
-    """Systematic resampling (Kitagawa 1996): particle i is kept N w_i times, up to one.
+def systematic(log_weights: Tensor, uniform: Tensor, count: int | None = None) -> Tensor:
+    """Systematic resampling (Kitagawa 1996): particle i is kept ``count`` w_i times, up to one.
 
     Args:
         log_weights: (C, N), not normalised.
         uniform: (C,) in [0, 1), one number for each cloud.
+        count: how many are kept; None is N.
 
     Returns:
-        (C, N) indices, increasing.
+        (C, count) indices, increasing.
     """
-    count = log_weights.shape[1]
+    last = log_weights.shape[1] - 1
+    count = last + 1 if count is None else count
     edges = torch.softmax(log_weights, 1).cumsum(1)
     place = (torch.arange(count, device=edges.device) + uniform[:, None]) / count
-    return torch.searchsorted(edges / edges[:, -1:], place).clamp_max(count - 1)
+    return torch.searchsorted(edges / edges[:, -1:], place).clamp_max(last)
 
 
 def effective_ancestors(log_weights: Tensor, ancestors: Tensor) -> Tensor:

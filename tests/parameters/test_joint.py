@@ -411,7 +411,7 @@ def run_of(method, small, **more):
         ("collapsed", (collapsed_module, "sample"), 1),
         ("corrected", (HMC, "move"), 30),
         ("transported", (transported_module._Run, "move_theta"), 17),
-        ("blocked", (blocked_module, "sample"), 8),
+        ("blocked", (blocked_module, "drawn_images"), 8),
     ],
 )
 def test_an_interrupted_run_goes_on_with_the_same_draws(
