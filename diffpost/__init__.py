@@ -20,6 +20,7 @@ from diffpost.guidance import (
     PiGDM,
     SpectralCovariance,
 )
+from diffpost.learned_noise import LearnedNoise
 from diffpost.likelihood import Likelihood
 from diffpost.linalg import ConvergenceWarning
 from diffpost.noise import BlockNoise, GaussianNoise, Noise
@@ -52,8 +53,10 @@ from diffpost.samplers import (
     TwistedSMC,
 )
 from diffpost.samples import Samples
+from diffpost.scale_mixture import ScaleMixtureScore
 from diffpost.score import GaussianMixtureScore, GaussianScore, ScoreModel
 from diffpost.sde import EDM, SDE, TSVE, VE, VP
+from diffpost.tiling import TiledScore
 
 if TYPE_CHECKING:
     from diffpost import diagnostics, parameters, physics, plot
@@ -87,6 +90,7 @@ __all__ = [
     "Identity",
     "IsotropicCovariance",
     "Langevin",
+    "LearnedNoise",
     "Likelihood",
     "LinearOperator",
     "LocalCovariance",
@@ -103,10 +107,12 @@ __all__ = [
     "Recommendation",
     "Sampler",
     "Samples",
+    "ScaleMixtureScore",
     "ScoreModel",
     "SpectralCovariance",
     "SplitGibbs",
     "Stack",
+    "TiledScore",
     "TwistedSMC",
     "__version__",
     "chi2",

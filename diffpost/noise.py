@@ -23,7 +23,7 @@ from torch import Tensor
 from diffpost.gaussian import Dense, Independent, Stationary, standard_deviation
 from diffpost.operators.base import Shape, as_double, numel
 
-__all__ = ["BlockNoise", "GaussianNoise", "Noise"]
+__all__ = ["BlockNoise", "GaussianNoise", "Noise", "has_gaussian_noise"]
 
 
 class Noise(ABC):
@@ -61,6 +61,27 @@ class Noise(ABC):
     @abstractmethod
     def variance(self) -> Tensor:
         """Variance of each datum, float64, broadcastable to the data; infinite where masked."""
+
+    def log_ratio(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(end) - log p(start) of residuals (B, *data), and the estimate of its error; both (B,) float64.
+
+        What a Metropolis test asks for. Here of ``log_prob``, without error; a noise that knows its score better than its
+        density integrates that along the straight line.
+        """
+        value = self.log_prob(end).double() - self.log_prob(start).double()
+        return value, torch.zeros_like(value)
+
+    def surrogate(self, shape: Shape) -> Noise:
+        """Gaussian noise of data (*shape) that is near this one: itself where it is Gaussian.
+
+        Proposals and warm starts use it; no density does.
+
+        Raises:
+            ValueError: none is known.
+        """
+        raise ValueError(
+            f"{self!r} has no Gaussian noise that stands in for it; give it a `surrogate`."
+        )
 
     def check(self, shape: Shape) -> None:  # noqa: B027  some noises take any shape
         """Raises ValueError unless residuals may have this shape, (B, *data)."""
@@ -206,6 +227,9 @@ class GaussianNoise(Noise):
     def score(self, r: Tensor) -> Tensor:
         return -self.precision(r)
 
+    def surrogate(self, shape: Shape) -> GaussianNoise:
+        return self
+
     def log_prob(self, r: Tensor) -> Tensor:
         chi2 = self.chi2(r)
         return self._model.log_normalisation(r).to(r.dtype) - 0.5 * chi2
@@ -312,6 +336,18 @@ class BlockNoise(Noise):
         ]
         return torch.stack(terms).sum(0)
 
+    def log_ratio(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = zip(self.noises, self._parts(start), self._parts(end), strict=True)
+        found = [noise.log_ratio(a, b) for noise, a, b in pairs]
+        value, error = (torch.stack(part).sum(0) for part in zip(*found, strict=True))
+        return value, error
+
+    def surrogate(self, shape: Shape) -> BlockNoise:
+        if has_gaussian_noise(self):
+            return self
+        parts = zip(self.noises, self.shapes, strict=True)
+        return BlockNoise([noise.surrogate(part) for noise, part in parts], self.shapes)
+
     def sample(
         self,
         shape: Sequence[int],
@@ -367,3 +403,10 @@ class BlockNoise(Noise):
     def select(self, ids: Tensor, shape: Shape) -> BlockNoise:
         chosen = [n.select(ids, s) for n, s in zip(self.noises, self.shapes, strict=True)]
         return BlockNoise(chosen, self.shapes)
+
+
+def has_gaussian_noise(noise: object) -> bool:
+    """Whether noise is Gaussian, all blocks of it."""
+    if isinstance(noise, BlockNoise):
+        return all(has_gaussian_noise(part) for part in noise.noises)
+    return isinstance(noise, GaussianNoise)

@@ -23,6 +23,7 @@ from diffpost.guidance import Guidance, choose
 from diffpost.guidance.choice import tabulated
 from diffpost.likelihood import Likelihood
 from diffpost.networks.denoising_error import covariance_from_table, denoising_error
+from diffpost.noise import has_gaussian_noise
 from diffpost.operators.base import LinearOperator
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
@@ -34,7 +35,6 @@ from diffpost.samplers import (
     Sampler,
     TwistedSMC,
 )
-from diffpost.samplers.chain import has_gaussian_noise
 from diffpost.samplers.scales import warn_of_precision, warn_of_range
 from diffpost.score import GaussianScore, ScoreModel
 

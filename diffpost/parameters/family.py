@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from diffpost.likelihood import Likelihood
-from diffpost.noise import Noise
+from diffpost.noise import Noise, has_gaussian_noise
 from diffpost.operator import Identity
 from diffpost.operators.base import LinearOperator, Shape
 from diffpost.parameters.chains import LogDensity
 from diffpost.parameters.prior import ParameterPrior
-from diffpost.samplers.chain import has_gaussian_noise
 
 __all__ = ["OperatorFamily", "ParametricLikelihood", "Values"]
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from diffpost.instrument import Probe
 from diffpost.likelihood import Likelihood
 from diffpost.linalg import filtered
-from diffpost.noise import BlockNoise, GaussianNoise
+from diffpost.noise import has_gaussian_noise
 from diffpost.operators.base import LinearOperator
 from diffpost.posterior import Posterior
 from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State, run_down
@@ -189,13 +189,6 @@ def conditions(model: ScoreModel, name: str) -> tuple[ScoreModel, Likelihood]:
             "use. Take another sampler."
         )
     return model.prior, model.data
-
-
-def has_gaussian_noise(noise: object) -> bool:
-    """Whether noise is Gaussian, all blocks of it."""
-    if isinstance(noise, BlockNoise):
-        return all(has_gaussian_noise(part) for part in noise.noises)
-    return isinstance(noise, GaussianNoise)
 
 
 @final

@@ -18,7 +18,7 @@ With <a, b> = a^T M^-1 b, the acceptance is (Besag 1994; Roberts & Tweedie 1996)
 
     a = int s . du + log p(y | u') - log p(y | u) - [<d, m + m'> + delta/2 (<m', m'> - <m, m>)]/(2 - delta),  d = u' - u,
 
-with the integral along the straight line (:mod:`diffpost.samplers.line_integral`). For small delta this is the error
+with the integral along the straight line (:mod:`diffpost.line_integral`). For small delta this is the error
 of the trapezoidal rule for the integral of grad log pi: a test of the third order in d, so it takes a good integral.
 """
 
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from diffpost.guidance.base import per_entry
 from diffpost.likelihood import Likelihood
+from diffpost.line_integral import line_integral, nodes
 from diffpost.samplers.base import NoiseSource, Sampler, State
 from diffpost.samplers.chain import (
     BEGIN,
@@ -45,7 +46,6 @@ from diffpost.samplers.chain import (
     traced,
 )
 from diffpost.samplers.dpm_solver import DPMSolver
-from diffpost.samplers.line_integral import line_integral, nodes
 from diffpost.score import ScoreModel
 from diffpost.sde import SDE
 

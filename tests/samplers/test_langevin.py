@@ -17,7 +17,7 @@ from diffpost.samplers import MALA, DPMSolver, Heun, Langevin
 from diffpost.samplers.base import CLEAN
 from diffpost.samplers.chain import Gaussian
 from diffpost.samplers.langevin import Line, curvature, evaluate, log_ratio, score_at
-from diffpost.samplers.line_integral import clenshaw_curtis, line_integral, nodes
+from diffpost.line_integral import clenshaw_curtis, line_integral, nodes
 from diffpost.score import GaussianMixtureScore, GaussianScore, ScoreModel
 from diffpost.sde import EDM, VP
 
