@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffpost._version import __version__
 from diffpost.guidance import (
     DPS,
+    SLIC,
     Convolved,
     Guidance,
     IsotropicCovariance,
@@ -69,6 +70,7 @@ __all__ = [
     "EDM",
     "MALA",
     "SDE",
+    "SLIC",
     "TSVE",
     "VE",
     "VP",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffpost.guidance.base import Guidance
-from diffpost.guidance.choice import choose
+from diffpost.guidance.slic import default_guidance
 from diffpost.likelihood import Likelihood
 from diffpost.score import ScoreModel
 
@@ -31,7 +31,8 @@ class Posterior(ScoreModel):
         likelihood: the data, in physical units. Data (B, *data) with a batch axis condition entry b
             on row b, and then every batch must have B entries (``select`` takes rows).
         guidance: how p_t(y | x) is approximated; None is moment matching with what is known of the prior's
-            errors (``diffpost.guidance.choose``; ``diffpost.recommend`` looks further, and says why).
+            errors (``diffpost.guidance.choose``; ``diffpost.recommend`` looks further, and says why), and for learned noise
+            ``SLIC`` as its last stage.
 
     Raises:
         ValueError: the operator does not take images of the prior's shape, or its output is not of
@@ -43,7 +44,7 @@ class Posterior(ScoreModel):
     ) -> None:
         likelihood = likelihood.bind(tuple(prior.shape))
         pulled = likelihood.pullback(prior.scale, prior.offset)
-        chosen = choose(prior, likelihood).guidance if guidance is None else guidance
+        chosen = default_guidance(prior, likelihood) if guidance is None else guidance
         self._set(prior, likelihood, pulled, chosen)
 
     def _set(

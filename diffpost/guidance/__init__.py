@@ -12,9 +12,11 @@ from diffpost.guidance.covariance import (
 from diffpost.guidance.dps import DPS
 from diffpost.guidance.moment_matching import MomentMatching
 from diffpost.guidance.pigdm import PiGDM
+from diffpost.guidance.slic import SLIC, default_guidance, with_surrogate
 
 __all__ = [
     "DPS",
+    "SLIC",
     "Choice",
     "Convolved",
     "Covariance",
@@ -25,4 +27,6 @@ __all__ = [
     "PiGDM",
     "SpectralCovariance",
     "choose",
+    "default_guidance",
+    "with_surrogate",
 ]

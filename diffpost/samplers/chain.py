@@ -66,8 +66,10 @@ class Chain(Sampler):
 
     Raises:
         ValueError: fewer than 2 steps; when sampling, a model that is not a posterior, or noise that is not
-            Gaussian.
+            Gaussian where the chain needs that.
     """
+
+    any_noise = False  # whether a Gaussian surrogate of the noise is enough
 
     start: Sampler | None = None
     # the grid is the start's
@@ -96,7 +98,7 @@ class Chain(Sampler):
         return torch.cat([before, moves, moves.new_full((1,), CLEAN)])
 
     def init(self, model: ScoreModel, noise: NoiseSource, n: int) -> State:
-        prior, likelihood = conditions(model, type(self).__name__)
+        prior, likelihood = conditions(model, type(self).__name__, self.any_noise)
         if self.start is not None:
             inner = self.start.init(model, noise, n)
             return Starting(inner.x, inner=inner)
@@ -107,7 +109,7 @@ class Chain(Sampler):
     def step(
         self, model: ScoreModel, state: State, t: Tensor, s: Tensor, noise: NoiseSource
     ) -> State:
-        prior, likelihood = conditions(model, type(self).__name__)
+        prior, likelihood = conditions(model, type(self).__name__, self.any_noise)
         if self.start is None or not isinstance(state, Starting) or state.inner is None:
             moved = self.move(prior, likelihood, state, t, noise)
             return self.end(prior, moved, t, noise) if s == CLEAN else moved
@@ -169,24 +171,26 @@ def traced(
     return told
 
 
-def conditions(model: ScoreModel, name: str) -> tuple[ScoreModel, Likelihood]:
+def conditions(
+    model: ScoreModel, name: str, any_noise: bool = False
+) -> tuple[ScoreModel, Likelihood]:
     """The prior of a posterior and its data, both in the prior's units.
 
     Raises:
-        ValueError: not a posterior, or noise without a covariance.
+        ValueError: not a posterior, or noise that is not Gaussian, unless any will do.
     """
     if isinstance(model, Probe):
-        prior, likelihood = conditions(model.inner, name)
+        prior, likelihood = conditions(model.inner, name, any_noise)
         return Probe(prior), likelihood
     if not isinstance(model, Posterior):
         raise ValueError(
             f"{name} got {model!r}; expected a Posterior, whose prior and exact likelihood it uses. Sample a "
             "model without data by another sampler."
         )
-    if not has_gaussian_noise(model.data.noise):
+    if not any_noise and not has_gaussian_noise(model.data.noise):
         raise ValueError(
             f"{name} got the noise {model.data.noise!r}; expected Gaussian noise, whose covariance its moves "
-            "use. Take another sampler."
+            "use. MALA and Langevin take any noise."
         )
     return model.prior, model.data
 

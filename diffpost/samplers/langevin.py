@@ -20,6 +20,10 @@ With <a, b> = a^T M^-1 b, the acceptance is (Besag 1994; Roberts & Tweedie 1996)
 
 with the integral along the straight line (:mod:`diffpost.line_integral`). For small delta this is the error
 of the trapezoidal rule for the integral of grad log pi: a test of the third order in d, so it takes a good integral.
+
+Noise that is not Gaussian (:class:`LearnedNoise <diffpost.learned_noise.LearnedNoise>`) has a Gaussian surrogate for M, its
+own score in m = M (s - A^T s_eta(y - A u)), and in the acceptance its own log p(y | u') - log p(y | u), the line
+integral of s_eta between the residuals: the target is p_nu(u) p(y | u) whatever the surrogate is.
 """
 
 from __future__ import annotations
@@ -33,8 +37,10 @@ import torch
 from torch import Tensor
 
 from diffpost.guidance.base import per_entry
+from diffpost.guidance.slic import with_surrogate
 from diffpost.likelihood import Likelihood
 from diffpost.line_integral import line_integral, nodes
+from diffpost.noise import has_gaussian_noise
 from diffpost.samplers.base import NoiseSource, Sampler, State
 from diffpost.samplers.chain import (
     BEGIN,
@@ -62,7 +68,7 @@ class Point:
         score: s(u).
         shift: m(u).
         embedded: C^-1/2 m and Sigma^-1/2 A m.
-        residual: Sigma^-1/2 (y - A(u)).
+        residual: Sigma^-1/2 (y - A(u)), or y - A(u) itself where the noise is not Gaussian.
     """
 
     u: Tensor
@@ -109,6 +115,8 @@ class Walk(State):
 class _LangevinChain(Chain):
     """The dynamics that both samplers share."""
 
+    any_noise = True
+
     start: Sampler | None = field(default_factory=lambda: DPMSolver(32, eta=1.0))
     nsr: float | None = None
     step_size: float | None = None
@@ -143,11 +151,12 @@ class _LangevinChain(Chain):
         x = clean.x
         nu = float(prior.sde.nsr(t))
         linear = likelihood.operator.linearize(x)
-        blur = Gaussian(likelihood, linear, torch.tensor(nu**2, dtype=torch.float64))
+        gaussian = with_surrogate(likelihood)
+        blur = Gaussian(gaussian, linear, torch.tensor(nu**2, dtype=torch.float64))
         z, e = blur.draws(x, likelihood.residual(x), noise, BEGIN)
         u = x + blur.update(z, likelihood.residual(x) + e)
         score = score_at(prior, u[None], t)[0]
-        reference = Gaussian(likelihood, linear, curvature(score, nu))
+        reference = Gaussian(gaussian, linear, curvature(score, nu))
         size = self.step_size or min(1.0, x[0].numel() ** (-1 / 3))
         log_step = torch.full((len(x),), math.log(size), dtype=torch.float64, device=x.device)
         # NaN where the score is not finite, for the loop to report
@@ -156,7 +165,7 @@ class _LangevinChain(Chain):
             u + per_entry(fault, u),
             log_weights=clean.log_weights,
             extras={name: v for name, v in clean.extras.items() if name not in _TOLD},
-            point=evaluate(reference, u, score),
+            point=evaluate(reference, u, score, likelihood),
             reference=reference,
             log_step=log_step,
         )
@@ -178,9 +187,15 @@ def score_at(prior: ScoreModel, u: Tensor, t: Tensor) -> Tensor:
     return alpha * prior.score(alpha * u.flatten(0, 1), t).to(u.dtype).reshape(u.shape)
 
 
-def evaluate(reference: Gaussian, u: Tensor, score: Tensor) -> Point:
-    """The point at u, where the score is known."""
+def evaluate(
+    reference: Gaussian, u: Tensor, score: Tensor, likelihood: Likelihood | None = None
+) -> Point:
+    """The point at u, where the score is known; ``likelihood`` where its noise may not be the reference's."""
     residual = reference.likelihood.residual(u)
+    if likelihood is not None and not has_gaussian_noise(likelihood.noise):
+        pull = -reference.linear.adjoint(likelihood.noise.score(residual))
+        shift = reference.update(reference.apply(score + pull), torch.zeros_like(residual))
+        return Point(u, score, shift, reference.embed(shift), residual)
     shift = reference.update(reference.apply(score), residual)
     whitened = reference.likelihood.noise.whiten(residual)
     return Point(u, score, shift, reference.embed(shift), whitened)
@@ -266,8 +281,8 @@ class Langevin(_LangevinChain):
     ) -> State:
         walk, point, reference = unpack(state)
         u = proposal(point, reference, walk.log_step.exp(), noise)
-        point = evaluate(reference, u, score_at(prior, u[None], t)[0])
-        extras = traced(walk.extras, prior, likelihood, u)
+        point = evaluate(reference, u, score_at(prior, u[None], t)[0], likelihood)
+        extras = traced(walk.extras, prior, reference.likelihood, u)
         return dataclasses.replace(walk, x=u, point=point, done=walk.done + 1, extras=extras)
 
 
@@ -275,6 +290,9 @@ class Langevin(_LangevinChain):
 @dataclass(frozen=True)
 class MALA(_LangevinChain):
     """Metropolis-adjusted Langevin dynamics that end a sampler.
+
+    Takes any noise: with learned noise it is the seed paper's annealed sampling (Legin et al. 2023, arXiv:2302.03046) at
+    t near 0, made exact by the test. ``start`` may be a Langevin chain at a higher ``nsr``, and so on.
 
     Repairs what a guidance gets wrong around each draw; it does not move draws between modes. Every draw is the end of
     a chain of its own, and pi = p_nu(u) p(y | u) is exact in the limit of many moves. The draw is u itself, with
@@ -336,17 +354,22 @@ class MALA(_LangevinChain):
         size = walk.log_step.exp()
         u = proposal(point, reference, size, noise)
         line = Line(prior, t, point, u)
-        new = evaluate(reference, u, line.end)
-        rest = log_ratio(point, new, reference, size)
+        new = evaluate(reference, u, line.end, likelihood)
+        gaussian, doubt = has_gaussian_noise(likelihood.noise), torch.zeros_like(size)
+        rest = log_ratio(point, new, reference, size, gaussian)
+        if not gaussian:
+            fit, doubt = likelihood.noise.log_ratio(point.residual, new.residual)
+            rest = rest + fit
         threshold = torch.special.log_ndtr(noise(size[:, None], stream=2)[:, 0])
         integral, error = line.integral(threshold - rest, self.nodes - 1)
+        error = error + doubt
         log_acceptance = integral + rest
         accepted = threshold < log_acceptance
         point = new.where(accepted, point)
         probability = log_acceptance.clamp_max(0).exp()
         walk = self._told(walk, probability, error)
         if walk.done > self.burning:
-            extras = traced(walk.extras, prior, likelihood, point.u)
+            extras = traced(walk.extras, prior, reference.likelihood, point.u)
             walk = dataclasses.replace(walk, extras=extras)
         # a proposal without a density is no proposal to reject, but a fault that the loop reports
         x = torch.where(per_entry(log_acceptance.isnan(), u) > 0, math.nan, point.u)
@@ -418,15 +441,19 @@ class Line:
 _NEGLIGIBLE = 1e-3  # an error of log acceptance that is not worth an evaluation
 
 
-def log_ratio(old: Point, new: Point, reference: Gaussian, size: Tensor) -> Tensor:
-    """log p(y | u') - log p(y | u) + log q(u | u') - log q(u' | u), (B,) float64."""
+def log_ratio(
+    old: Point, new: Point, reference: Gaussian, size: Tensor, gaussian: bool = True
+) -> Tensor:
+    """log p(y | u') - log p(y | u) + log q(u | u') - log q(u' | u), (B,) float64; without the data unless gaussian."""
     delta = reference.embed(new.u - old.u)
     pairs = zip(delta, old.embedded, new.embedded, strict=True)
     along, growth = torch.zeros_like(size), torch.zeros_like(size)
     for d, m, after in pairs:
         along = along + dot(d, m + after)
         growth = growth + dot(after - m, after + m)
-    fit = -0.5 * dot(new.residual - old.residual, new.residual + old.residual)
+    fit: Tensor | float = 0.0
+    if gaussian:
+        fit = -0.5 * dot(new.residual - old.residual, new.residual + old.residual)
     return fit - (along + 0.5 * size * growth) / (2 - size)
 
 
