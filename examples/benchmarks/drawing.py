@@ -98,6 +98,24 @@ def ours(
     return method
 
 
+def thinned(sampler: Callable[[Setting], Sampler], particles: int) -> Method:
+    """A particle method with ``particles`` for every draw that is kept; the cost is theirs together."""
+
+    def method(setting: Setting) -> Draws:
+        made = sample(
+            Posterior(setting.prior, setting.likelihood),
+            particles * setting.n,
+            sampler(setting),
+            setting.seed,
+            progress=False,
+        )
+        kept = made.resampled(setting.n, seed=setting.seed)
+        told: Record = {"least_ess": float(made.extras["ess"].min())}
+        return Draws(kept.x.double(), None, particles * made.calls, particles * made.vjps, told)
+
+    return method
+
+
 def judged(
     method: Method, setting: Callable[[], Setting], judge: Callable[[Draws], Record]
 ) -> Callable[[], Record]:

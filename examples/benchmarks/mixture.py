@@ -13,7 +13,7 @@ from diffpost.oracles import MixtureOracle, gaussian_mixture
 from diffpost.samplers import MALA, DPMSolver, EulerMaruyama, Sampler, SplitGibbs, TwistedSMC
 
 from . import peers
-from .drawing import Draws, Method, Setting, found_ends, judged, ours
+from .drawing import Draws, Method, Setting, found_ends, judged, ours, thinned
 from .results import Record, Task
 
 PART = "mixture"
@@ -96,6 +96,17 @@ def smc(steps: int, particles: int = DRAWS) -> Method:
     return ours(None, lambda s: TwistedSMC(particles, steps))
 
 
+WHOLE = "TwistedSMC, 300"  # 1,000 particles, all of them draws
+THINNED = (
+    "TwistedSMC, 3 x 100"  # as many calls a draw: 3,000 particles of 100, a third of them kept
+)
+
+
+def smc_thinned(steps: int, particles: int) -> Method:
+    """TwistedSMC with ``particles`` for every draw that is kept."""
+    return thinned(lambda s: TwistedSMC(particles * s.n, steps), particles)
+
+
 def methods(steps: int = 100) -> dict[str, Method]:
     """By name; every one with about ``steps`` denoiser calls."""
     chain = steps // 2
@@ -139,12 +150,13 @@ def floors(size: int, data: int, seeds: range) -> Iterator[Task]:
 
 
 def headline(seeds: range) -> Iterator[Task]:
-    """The table of TwistedSMC at 300 calls, with its floors."""
+    """The table of TwistedSMC at 300 calls a draw, with its floors."""
     for size in SIZES:
         for data in DATA:
             yield from floors(size, data, seeds)
             for seed in seeds:
-                yield task(size, data, seed, "TwistedSMC, 300", smc(299))
+                yield task(size, data, seed, THINNED, smc_thinned(99, 3))
+                yield task(size, data, seed, WHOLE, smc(299))
 
 
 def others(seeds: range) -> Iterator[Task]:

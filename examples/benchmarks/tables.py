@@ -78,7 +78,7 @@ def mixture_headline(records: Records, count: int) -> str:
         exact = found.get("exact", [])
         line = [f"({problem.replace(',', ', ')})"]
         line.append(number(mean(r["distance"] for r in exact)) if exact else OPEN)
-        for name in ("TwistedSMC, 300", "TwistedSMC, 100"):
+        for name in (mixture.THINNED, mixture.WHOLE):
             of = ratios(found.get(name, []), exact)
             if not of:
                 line += [OPEN, OPEN, OPEN]
@@ -92,8 +92,8 @@ def mixture_headline(records: Records, count: int) -> str:
             line += [number(mean(of)) + some, number(both), number(max(of))]
         rows.append(line)
     head = ["(d_x, d_y)", "floor"]
-    for calls in (300, 100):
-        head += [f"{calls} calls: mean ratio", "ratio of means", "worst"]
+    for particles in ("3,000 particles of 100 calls", "1,000 of 300"):
+        head += [f"{particles}: mean ratio", "ratio of means", "worst"]
     return table(head, rows)
 
 

@@ -9,6 +9,7 @@ import torch
 from diffpost.guidance import IsotropicCovariance, MomentMatching
 from diffpost.instrument import NonFiniteError
 from diffpost.likelihood import Likelihood
+from diffpost.line_integral import clenshaw_curtis, line_integral, nodes
 from diffpost.noise import BlockNoise, GaussianNoise
 from diffpost.operator import Convolve, Identity, Mask, Matrix, Operator
 from diffpost.posterior import Posterior
@@ -17,7 +18,6 @@ from diffpost.samplers import MALA, DPMSolver, Heun, Langevin
 from diffpost.samplers.base import CLEAN
 from diffpost.samplers.chain import Gaussian
 from diffpost.samplers.langevin import Line, curvature, evaluate, log_ratio, score_at
-from diffpost.line_integral import clenshaw_curtis, line_integral, nodes
 from diffpost.score import GaussianMixtureScore, GaussianScore, ScoreModel
 from diffpost.sde import EDM, VP
 
