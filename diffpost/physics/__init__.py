@@ -11,8 +11,10 @@ from diffpost.physics.grid import Grid, SkyFrame
 if TYPE_CHECKING:
     from diffpost.physics.critical import caustic_curves, critical_curves, jacobian, magnification
     from diffpost.physics.lens_family import LensFamily
+    from diffpost.physics.lens_light import LensLight
     from diffpost.physics.lens_model import LensModel, read_lens_model
     from diffpost.physics.lensing import Lens, SourceGridWarning
+    from diffpost.physics.light_model import LightModel
     from diffpost.physics.ray_tracing import LensParameter
 
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
     "Grid",
     "Lens",
     "LensFamily",
+    "LensLight",
     "LensModel",
     "LensParameter",
+    "LightModel",
     "SkyFrame",
     "SourceGridWarning",
     "caustic_curves",
@@ -35,8 +39,10 @@ __all__ = [
 _LATE = {
     "Lens": "lensing",
     "LensFamily": "lens_family",
+    "LensLight": "lens_light",
     "LensModel": "lens_model",
     "LensParameter": "ray_tracing",
+    "LightModel": "light_model",
     "SourceGridWarning": "lensing",
     "caustic_curves": "critical",
     "critical_curves": "critical",

@@ -1,8 +1,8 @@
 """Lenses as a family of operators: an instrument behind a lens whose parameters are to be inferred.
 
-    y = R L(theta) x + n,
+    y = R L(theta) x + b(phi) + n,
 
-L(theta) the lensing of source x and R what follows it: the PSF, binning, a mask.
+L(theta) the lensing of source x and R what follows it: the PSF, binning, a mask; b(phi) the lens' own light, if it is modelled.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from diffpost.operator import Identity
 from diffpost.operators.base import LinearOperator, Shape
 from diffpost.parameters.family import OperatorFamily, Values
+from diffpost.physics.lens_light import LensLight
 from diffpost.physics.lensing import Lens
 
 __all__ = ["LensFamily"]
@@ -28,16 +29,22 @@ class LensFamily(OperatorFamily):
         lens: with free parameters.
         response: R, from images (..., ny, nx) of the lens to data; None for none.
         channels: of the source.
+        light: of the lens itself, with a response of its own that ends at the same data; None for none.
 
     Attributes:
-        names: those of ``lens.parameters``.
+        names: those of ``lens.parameters``, and what else the light follows.
 
     Raises:
-        ValueError: a lens whose parameters are all known.
+        ValueError: a lens whose parameters are all known, or light that makes data of another shape.
     """
 
     def __init__(
-        self, lens: Lens, response: LinearOperator | None = None, channels: int = 1
+        self,
+        lens: Lens,
+        response: LinearOperator | None = None,
+        channels: int = 1,
+        *,
+        light: LensLight | None = None,
     ) -> None:
         if not lens.parameters:
             raise ValueError(
@@ -45,17 +52,25 @@ class LensFamily(OperatorFamily):
             )
         self.lens = lens
         self.response: LinearOperator = Identity() if response is None else response
-        self.names = lens.parameters
+        self.light = light
+        extra = () if light is None else (n for n in light.names if n not in lens.parameters)
+        self.names = (*lens.parameters, *extra)
         self.input_shape: Shape = (channels, *lens.source.shape)
         image = (channels, *lens.image.shape)
         self.data_shape: Shape = tuple(self.response.output_shape(image))
+        if light is not None and light.data_shape != self.data_shape:
+            raise ValueError(
+                f"LensFamily: {light!r} makes data {light.data_shape} and the lens {self.data_shape}; give the light a "
+                "response that ends at the same data."
+            )
 
     def __repr__(self) -> str:
-        return f"LensFamily({self.lens!r}, {self.response!r})"
+        light = "" if self.light is None else f", light={self.light!r}"
+        return f"LensFamily({self.lens!r}, {self.response!r}{light})"
 
     def vector(self, values: Values) -> Tensor:
         """Parameters by name as (B, P) in the lens' order."""
-        return torch.stack([values[name] for name in self.names], -1)
+        return torch.stack([values[name] for name in self.lens.parameters], -1)
 
     def at(self, values: Values) -> LinearOperator:
         lens = self.lens.at(self.vector(values))
@@ -63,6 +78,9 @@ class LensFamily(OperatorFamily):
 
     def apply(self, values: Values, x: Tensor) -> Tensor:
         return self._seen(values, x)
+
+    def background(self, values: Values) -> Tensor | None:
+        return None if self.light is None else self.light.data(values)
 
     def columns(self, values: Values, images: Tensor) -> Tensor:
         """As in the base class; the K images share their rays, so that each lens is traced once.

@@ -16,7 +16,8 @@
         gamma_1: {normal: [0, 0.05]}
         gamma_2: {normal: [0, 0.05]}
 
-Free parameters are called part.parameter: main.Rein. Priors are those of
+Free parameters are called part.parameter: main.Rein. `light` beside `mass` is that of the lens itself
+(:mod:`diffpost.physics.light_model`). Priors are those of
 :class:`diffpost.parameters.ParameterPrior`. A centre that is not mentioned is (0, 0), that of another part
 if it says `centre: main`.
 """
@@ -31,6 +32,8 @@ from typing import Any, final
 import torch
 
 from diffpost.parameters.prior import ParameterPrior, nearest
+from diffpost.physics.light_model import LightModel, Wanted, read_light
+from diffpost.physics.valid_ranges import check_prior, check_value
 
 try:
     import caustics
@@ -52,13 +55,15 @@ class LensModel:
     """A lens model and the prior of what is free in it.
 
     mass: a `SinglePlane` of caustics, for :class:`diffpost.physics.Lens`.
-    prior: of the free parameters; None where all are known.
+    prior: of the free parameters, those of the light last; None where all are known.
     spec: the mapping that it was made from.
+    light: of the lens itself, or None.
     """
 
     mass: Any
     prior: ParameterPrior | None
     spec: Mapping[str, Any]
+    light: LightModel | None = None
 
 
 def read_lens_model(spec: Mapping[str, Any]) -> LensModel:
@@ -73,7 +78,7 @@ def read_lens_model(spec: Mapping[str, Any]) -> LensModel:
         raise ValueError(
             f"lens model: got {spec!r}; expected a mapping with `mass`, in it one mapping a profile."
         )
-    known = ("mass", "redshifts")
+    known = ("mass", "redshifts", "light")
     if unknown := [key for key in spec if key not in known]:
         raise ValueError(f"lens model: no setting {unknown[0]!r}{nearest(str(unknown[0]), known)}")
     redshifts = _redshifts(spec.get("redshifts"))
@@ -92,10 +97,15 @@ def read_lens_model(spec: Mapping[str, Any]) -> LensModel:
         if module.children.get(param.name) is param
     ]
     ordered = {name: priors[name] for name in order if name in priors}
+    light = None
+    if spec.get("light") is not None:
+        bright: dict[str, Any] = {}
+        light = read_light(spec["light"], _values(parts, ordered), bright, parts)
+        ordered |= bright
     prior = ParameterPrior.from_dict(ordered) if ordered else None
     if prior is not None:
         _check_ranges(prior, parts)
-    return LensModel(mass, prior, spec)
+    return LensModel(mass, prior, spec, None if light is None else light.check(prior))
 
 
 def profiles() -> dict[str, Any]:
@@ -186,30 +196,32 @@ def _part(
                 raise ValueError(
                     f"{name}.{key}: got {value!r}; expected a number or a prior such as {{uniform: [0, 1]}}."
                 ) from None
-            _check_valid(f"{name}.{key}", getattr(part, key), number)
+            check_value(f"{name}.{key}", getattr(part, key), number)
             getattr(part, key).to_static(torch.tensor(number, dtype=torch.float64))
     return part
 
 
-def _check_valid(name: str, param: Any, value: float) -> None:
-    low, high = (None if v is None else float(v) for v in param.valid)
-    if param.cyclic:
-        return
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"{name} = {value:g}: caustics' valid range is {low} to {high}.")
+def _values(parts: Mapping[str, Any], free: Mapping[str, Any]) -> dict[str, Wanted]:
+    """What light may be tied to: the mass' parameters by name, numbers or the names of the free ones that they are."""
+    owner = {
+        id(getattr(part, key)): f"{n}.{key}" for n, part in parts.items() for key in part.children
+    }
+    owner |= {
+        id(getattr(parts[n], key)): f"{n}.{key}" for n, key in (x.split(".", 1) for x in free)
+    }
+    found: dict[str, Wanted] = {}
+    for name, part in parts.items():
+        for key, param in part.children.items():
+            if owner.get(id(param)) in free:
+                found[f"{name}.{key}"] = owner[id(param)]
+            elif param in part.static_params and param.value.numel() == 1:
+                found[f"{name}.{key}"] = float(param.value)
+    return found
 
 
 def _check_ranges(prior: ParameterPrior, parts: Mapping[str, Any]) -> None:
     """A prior that reaches out of a valid range would have its chains end in an error."""
     for name, one in zip(prior.names, prior.priors, strict=True):
         part, key = name.split(".", 1)
-        param = getattr(parts[part], key)
-        if param.cyclic:
-            continue
-        low, high = (None if v is None else float(v) for v in param.valid)
-        begin, end = one.support
-        if (low is not None and begin < low) or (high is not None and end > high):
-            raise ValueError(
-                f"{name}: the prior {one} reaches from {begin:g} to {end:g}, and caustics' valid range is {low} to "
-                f"{high}; bound it by within: [low, high]."
-            )
+        if part in parts:
+            check_prior(name, getattr(parts[part], key), one)

@@ -32,7 +32,7 @@ except ImportError as error:
         "lenses need caustics, which is not installed: pip install 'diffpost[lens]'"
     ) from error
 
-__all__ = ["LensParameter", "RayTracer"]
+__all__ = ["LensParameter", "RayTracer", "beside"]
 
 _REDSHIFTS = ("z_l", "z_s")
 
@@ -103,7 +103,7 @@ class _Channels(Module):
         for mass in self.masses:
             u, v = x, y
             for part in _centred(mass):
-                u, v = _beside(u, v, part.x0.value, part.y0.value, near)
+                u, v = beside(u, v, part.x0.value, part.y0.value, near)
             out.append(torch.stack(mass.raytrace(u, v)))
         return torch.stack(out)
 
@@ -114,7 +114,7 @@ def _centred(mass: Any) -> Iterator[Any]:
             yield node
 
 
-def _beside(x: Tensor, y: Tensor, x0: Tensor, y0: Tensor, near: float) -> tuple[Tensor, Tensor]:
+def beside(x: Tensor, y: Tensor, x0: Tensor, y0: Tensor, near: float) -> tuple[Tensor, Tensor]:
     """Rays that hit a centre, at a small distance from it, moving with the ray and with the centre."""
     hit = (x - x0) ** 2 + (y - y0) ** 2 < near**2
     step = near / math.sqrt(2)
