@@ -1,11 +1,11 @@
-"""Reconstruction of a strong lens: joint posterior samples of its source and of the lens parameters, as one function.
+"""Reconstruction of a strong lens: joint posterior samples of its source, the lens parameters and its light, as one function.
 
     result = reconstruct_lens("lens.fits", "psf.fits", "rms.fits", model="lens.yaml", samples=16, seed=0)
     result.joint.table(), result.mean, result.std, result.metrics["reduced_chi2"]
     result.save("out")
 
-The image is taken as free of the lens' own light: it is to be subtracted beforehand (a component of it that is fitted
-jointly is not part of this job).  The lens parameters follow the evidence under a Gaussian of sources in the prior's place
+The lens' own light is part of the model if its description has a section `light`; without one the image is taken as free of
+it.  The lens parameters follow the evidence under a Gaussian of sources in the prior's place
 (:mod:`diffpost.jobs.lens_inference`), which is exact for a Gaussian prior; the sources are posterior draws of the prior
 itself, each through a lens of its own.
 """
@@ -44,7 +44,12 @@ from diffpost.jobs.lens_setup import (
 from diffpost.jobs.lens_system import FLUX, LensSystem, coarse_grid, lens_system, source_grid
 from diffpost.jobs.problem import ImageLike, prepare
 from diffpost.noise import GaussianNoise
-from diffpost.parameters import JointSamples, ParametricLikelihood, evidence_shift
+from diffpost.parameters import (
+    JointSamples,
+    ParameterPrior,
+    ParametricLikelihood,
+    evidence_shift,
+)
 from diffpost.physics.grid import Grid
 from diffpost.samplers import Sampler
 from diffpost.samples import Samples
@@ -72,7 +77,8 @@ class LensResult:
         source pixel.
     scene: the data on the image grid; description: what the YAML file says; system: the lens and the PSF; prior: with the
         scale that was used.
-    models: (n, ny, nx) images of the draws on the image grid; metrics: see `lens_metrics`; timings: in seconds.
+    models: (n, ny, nx) images of the draws on the image grid, the lens' own light among them; lights: that light of each draw
+        alone, or None where it is not modelled; metrics: see `lens_metrics`; timings: in seconds.
     """
 
     joint: JointSamples
@@ -88,6 +94,7 @@ class LensResult:
     inferred: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     title: str = ""
+    lights: Tensor | None = None
 
     @property
     def samples(self) -> Samples:
@@ -135,6 +142,11 @@ class LensResult:
         return self.scene.part(self.models.mean(0))
 
     @property
+    def light(self) -> Array | None:
+        """(h, w) mean of the lens' own light over the draws, behind the PSF, as `model`; None where it is not modelled."""
+        return None if self.lights is None else self.scene.part(self.lights.mean(0))
+
+    @property
     def residual(self) -> Array:
         """(h, w) (data - model) / sigma, NaN where no pixel is used."""
         scene = self.scene
@@ -180,12 +192,12 @@ def reconstruct_lens(
     announce: Callable[[str], None] | None = None,
     **target: Any,
 ) -> LensResult:
-    """Draw posterior samples of a lensed source and of the lens, from an image without the lens' light.
+    """Draw posterior samples of a lensed source and of the lens, from an image without the lens' light or with it modelled.
 
     Parameters
     ----------
     image, psf, noise: as for `diffpost.deconvolve.deconvolve`; the PSF at the sampling of the image.
-    model: YAML file or mapping (:mod:`diffpost.jobs.lens_setup`): mass and priors, mask, source grid, rays.
+    model: YAML file or mapping (:mod:`diffpost.jobs.lens_setup`): mass, light and priors, mask, source grid, rays.
     mask: FITS file or array of the image's or the cutout's shape; nonzero pixels are not used.
     prior: of the source: name, folder, or a score model of one-channel images.
     samples: sources, at evenly spaced draws of the lens.
@@ -264,7 +276,7 @@ def reconstruct_lens(
     found = time.perf_counter()
     summed = binned(scene, description.bin)
     system = lens_system(description, summed, coarse, fixed=fixed, rays=None)
-    evidence = evidence_of(description, summed, system, stand_in.gaussian)
+    evidence = evidence_of(summed, system, stand_in.gaussian)
     joint = sample_lens(
         evidence,
         begun,
@@ -293,11 +305,13 @@ def reconstruct_lens(
         announce=tell,
     )
     done = time.perf_counter()
-    models, metrics = lens_metrics(system, scene, joint)
-    metrics["shift"] = _shift(system, scene, joint, description)
+    lights = system.lit(joint.names, joint.samples.extras["theta"]) if joint.samples else None
+    lights = None if lights is None else lights[:, 0]
+    models, metrics = lens_metrics(system, scene, joint, lights)
+    metrics["shift"] = _shift(system, scene, joint)
     for warning in _warnings(metrics):
         tell(f"warning: {warning}")
-    if not system.known and not stand_in.exact:
+    if system.prior is not None and not stand_in.exact:
         tell(APPROXIMATION)
     return LensResult(
         joint=joint,
@@ -324,17 +338,21 @@ def reconstruct_lens(
             "source": done - chained,
         },
         title=title,
+        lights=lights,
     )
 
 
 def lens_metrics(
-    system: LensSystem, scene: LensScene, joint: JointSamples
+    system: LensSystem, scene: LensScene, joint: JointSamples, lights: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
     """Images (n, ny, nx) of the draws on the image grid, and how well they fit, as JSON values.
 
+    lights: (n, ny, nx) the lens' own light of each draw, None for none.
+
     reduced_chi2: of the mean image and of the draws (mean over them), the draws' with its expectation if all is right.
     source_flux, magnification: mean and standard deviation over draws; the magnification is that of the flux on the image
-    grid.  flux_outside: share of the light above 3 sigma that is traced to outside the source grid at the median lens.
+    grid.  lens_light_flux: likewise, of the lens' own light on that grid; None where it is not modelled.
+    flux_outside: share of the source's light above 3 sigma that is traced to outside the source grid at the median lens.
     rhat: the largest; ess: the smallest.
     """
     if joint.samples is None:
@@ -349,13 +367,17 @@ def lens_metrics(
             lensed.append(image.double().sum((1, 2, 3)))
             models.append(system.response(image)[:, 0].double())
     model = torch.cat(models)
+    arcs = y
+    if lights is not None:
+        model = model + lights
+        arcs = y - lights.mean(0)
     residual = torch.where(seen, (y - model) / std, 0.0)
     n = int(seen.sum())
     each = residual.square().sum((1, 2)) / n
     mean = torch.where(seen, (y - model.mean(0)) / std, 0.0)
     flux = x.double().sum((1, 2, 3))
     magnification = torch.cat(lensed) / flux
-    light = torch.where(seen & (y > _BRIGHT * std), y, 0.0)
+    light = torch.where(seen & (arcs > _BRIGHT * std), arcs, 0.0)
     params = system.params(joint.names, joint.flat.median(0).values)
     outside = float(system.lens.flux_outside(light, params))
     rows = joint.table()
@@ -376,6 +398,7 @@ def lens_metrics(
         },
         "source_flux": summary(flux),
         "magnification": summary(magnification),
+        "lens_light_flux": None if lights is None else summary(lights.sum((1, 2))),
         "flux_outside": outside,
         "rhat": max(row["rhat"] for row in rows),
         "ess": min(row["ess"] for row in rows),
@@ -402,17 +425,17 @@ def _warnings(metrics: dict[str, Any]) -> list[str]:
     return found
 
 
-def _shift(
-    system: LensSystem, scene: LensScene, joint: JointSamples, description: LensDescription
-) -> dict[str, Any] | None:
+def _shift(system: LensSystem, scene: LensScene, joint: JointSamples) -> dict[str, Any] | None:
     """How far the means of the parameters would move under the prior itself, to first order, in standard deviations."""
-    prior = description.model.prior
-    if system.known or prior is None or joint.samples is None or len(joint.samples) < 8:
+    prior = system.prior
+    if prior is None or joint.samples is None or len(joint.samples) < 8:
         return None
+    if system.known:  # its sources have their own brightness
+        free = dict(zip(prior.names, prior.priors, strict=True))
+        prior = ParameterPrior({**free, FLUX: 1.0})
     likelihood = ParametricLikelihood(scene.y, system.family, GaussianNoise(std=scene.std))
     moved = evidence_shift(joint, likelihood, prior)
     return {
         name: {"sigma": float(s), "error": float(e)}
         for name, s, e in zip(moved.names, moved.shift, moved.error, strict=True)
-        if name != FLUX
     }

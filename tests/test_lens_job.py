@@ -24,7 +24,7 @@ from diffpost.jobs.problem import prepare
 from diffpost.lens import LensResult, reconstruct_lens
 from diffpost.networks import build_network
 from diffpost.networks.precondition import NetworkScore
-from diffpost.physics import Grid, Lens, read_lens_model
+from diffpost.physics import Grid, Lens, LensLight, read_lens_model
 from diffpost.samples import Samples
 
 SIDE, PIXEL, SOURCE = 32, 0.12, 12
@@ -143,6 +143,105 @@ def test_binning_keeps_the_light_and_hides_what_is_partly_masked() -> None:
     assert 4 * int(coarse.seen.sum()) < int(scene.seen.sum())
 
 
+# The lens' own light ----------------------------------------------------------------------------
+
+LIGHT = {
+    "glow": {
+        "profile": "Sersic",
+        "centre": "main",
+        "q": "main.q",
+        "phi": "main.phi",
+        "n": 1.5,
+        "Re": {"lognormal": [0.5, 0.3]},
+        "flux": {"lognormal": [100.0, 1.0]},
+    }
+}
+LIT = {**MODEL, "mask": {"outer": 1.8}, "light": LIGHT}
+BRIGHT = {"glow.Re": 0.4, "glow.flux": 150.0}
+
+
+def lit() -> np.ndarray:
+    """The image with a lens that shines, of rays that are finer than the job's."""
+    image, _ = simulated()
+    part = LIGHT["glow"] | {"q": 0.75, "phi": 0.4, "Re": 0.4, "flux": 150.0}
+    model = read_lens_model({"mass": KNOWN["mass"], "light": {"glow": part}})
+    assert model.light is not None
+    light = LensLight(model.light, Grid(SIDE, PIXEL, oversample=4))
+    seen = dp.Convolve(torch.from_numpy(star()))(light.images({"any": torch.zeros(1).double()}))
+    return image + seen[0, 0].numpy()
+
+
+def shining(**options: Any) -> LensResult:
+    settings: dict[str, Any] = {
+        "model": LIT,
+        "prior": prior(),
+        "samples": 8,
+        "draws": 40,
+        "warmup": 30,
+        "restarts": 4,
+        "sampler": dp.DPMSolver(12, eta=1.0),
+        "progress": False,
+    }
+    return reconstruct_lens(lit(), star(), NOISE, **(settings | options))
+
+
+@pytest.mark.parametrize("bins", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_the_light_of_the_lens_is_found_with_its_source(bins: int, tmp_path: Path) -> None:
+    result = shining(model={**LIT, "bin": bins})
+    mean, std = result.joint.mean, result.joint.std
+    assert set(result.joint.names) == {*TRUTH, *BRIGHT, "source.flux"}
+    for name, truth in (TRUTH | BRIGHT).items():
+        i = result.joint.names.index(name)
+        assert abs(float(mean[i]) - truth) < 5 * float(std[i]) < 0.25 * truth, name
+    chi2 = result.metrics["reduced_chi2"]
+    assert abs(chi2["draws"] - 1) < (5 if bins == 1 else 10) * chi2["expected_std"]
+    _, source = simulated()
+    off = (result.mean - source[0].double().numpy()) / result.std
+    assert np.sqrt(np.mean(off**2)) < 2.5
+    light = result.metrics["lens_light_flux"]
+    assert abs(light["mean"] - 140) < 15  # of 150, a part is beyond the grid
+    # every draw has the light of its own theta
+    lights = result.lights
+    assert lights is not None and result.light is not None and result.joint.samples is not None
+    told = result.joint.samples.extras["theta"][:, result.joint.names.index("glow.flux")]
+    assert float(torch.corrcoef(torch.stack([told, lights.sum((1, 2))]))[0, 1]) > 0.9
+    assert set(result.metrics["shift"]) == set(TRUTH | BRIGHT)
+    if bins == 2:
+        result.save(tmp_path / "out")
+        names = {p.name for p in (tmp_path / "out").iterdir()}
+        assert {"lens_light.fits", "summary.png", "corner.png", "parameters.csv"} <= names
+        model, bright, data, residual = (
+            fits.getdata(tmp_path / "out" / f"{name}.fits")
+            for name in ("model", "lens_light", "data", "residual")
+        )
+        np.testing.assert_allclose((data - model) / NOISE, residual, rtol=1e-3, atol=1e-3)
+        assert np.nansum(bright) == pytest.approx(light["mean"], rel=0.05)
+        record = json.loads((tmp_path / "out" / "run.json").read_text())
+        assert record["model"]["light"]["glow"]["n"] == 1.5
+        assert record["metrics"]["lens_light_flux"]["std"] > 0
+    # control: the same sources without the light do not fit
+    dark = result.residual + result.light / NOISE
+    assert np.nanmean(dark**2) > 2
+
+
+def test_light_about_a_known_lens_and_light_that_is_held() -> None:
+    known = {**LIT, "mass": KNOWN["mass"]}
+    few = {"samples": 8, "draws": 15, "warmup": 15, "restarts": 2}
+    one = shining(model=known, **few)
+    assert set(one.joint.names) == {*BRIGHT, "source.flux"}
+    for name, truth in BRIGHT.items():
+        i = one.joint.names.index(name)
+        assert abs(float(one.joint.mean[i]) - truth) < 5 * float(one.joint.std[i]), name
+    assert abs(one.metrics["reduced_chi2"]["draws"] - 1) < 0.3
+    assert set(one.metrics["shift"]) == set(BRIGHT)
+    right = LIGHT["glow"] | {"Re": {"lognormal": [0.4, 0.1]}, "flux": {"lognormal": [150, 0.1]}}
+    held = shining(model={**known, "light": {"glow": right}}, fixed=True, **few | {"samples": 2})
+    assert held.joint.names == ("source.flux",)
+    assert held.lights is not None and float(held.lights.std(0).max()) == 0.0
+    assert held.metrics["shift"] is None
+    assert abs(held.metrics["reduced_chi2"]["draws"] - 1) < 0.3
+
+
 # The command line -------------------------------------------------------------------------------
 
 runner = CliRunner()
@@ -236,6 +335,8 @@ def test_an_interrupted_command_goes_on_to_the_same_draws(
         ({"mask": {"inner": 2.0, "outer": 1.0}}, "inner < outer"),
         ({"source": {"size": 13}}, "multiple of"),
         ({"source": {"pixel": -1}}, "source.pixel"),
+        ({"light": {"glow": {"profile": "Sersick"}}}, "'Sersic'"),
+        ({"light": {"glow": {**LIGHT["glow"], "re": 1.0}}}, "'Re'"),
         ({"pixel": 0.5}, "WCS"),
         ({"oversample": 0}, "oversample"),
     ],

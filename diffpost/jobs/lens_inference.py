@@ -6,6 +6,9 @@ r"""Inference of a lens job: the lens by the collapsed evidence, then the source
 3. Chains sample the lens with the source marginalised (:func:`diffpost.parameters.sample_collapsed`).
 4. The sources are posterior draws of the prior itself on the fine grid, each through a lens of its own.
 
+If the lens' own light is modelled, its parameters are among theta, and what is left of the data without it at this theta is
+what a source is drawn from.
+
 So theta follows the Gaussian in the prior's place, which is exact for a Gaussian prior alone, and on coarser pixels.
 """
 
@@ -68,6 +71,7 @@ _SEARCH_MODES = 40
 _WIDER = 1.5  # the first grid, on which a source is sought
 _GUESS = 5.0  # of the magnification, for the first guess of the source's flux
 _WIDTH = 1.5  # of the prior of its logarithm
+_DIMMER, _WIDTH_BESIDE_LIGHT = 10.0, 2.5  # where the lens' own light is in the image
 _ROOM = 4.0  # for the scatter of the chains' starts, of what a normal would lose
 _ROUGH = 64  # pixels on a side, from which the search adds them up by 2 x 2
 _STREAM = 24_700
@@ -141,16 +145,17 @@ def source_gaussian(prior: ScoreModel, size: int, seed: int) -> SourceGaussian:
 
 
 def evidence_of(
-    description: LensDescription,
     scene: LensScene,
     system: LensSystem,
     gaussian: GaussianImage,
 ) -> Evidence:
     """log p(theta | y) with the source marginalised."""
-    lens_prior = None if system.known else description.model.prior
-    free = {} if lens_prior is None else dict(zip(lens_prior.names, lens_prior.priors, strict=True))
-    fixed = {} if lens_prior is None else lens_prior.fixed
-    prior = ParameterPrior({**free, **fixed, FLUX: LogNormal(_first_flux(scene), _WIDTH)})
+    of_lens = system.prior
+    free = {} if of_lens is None else dict(zip(of_lens.names, of_lens.priors, strict=True))
+    flux = LogNormal(_first_flux(scene), _WIDTH)
+    if system.light is not None:  # most of the image's light is then the lens'
+        flux = LogNormal(_first_flux(scene) / _DIMMER, _WIDTH_BESIDE_LIGHT)
+    prior = ParameterPrior({**free, FLUX: flux})
     likelihood = ParametricLikelihood(
         scene.y.double(), system.family, GaussianNoise(std=scene.std.double())
     )
@@ -176,6 +181,8 @@ def search(
         "restarts": restarts,
         "seed": seed,
         "modes": len(stand_in.gaussian.std),
+        "fixed": fixed,
+        "prior": None if description.model.prior is None else description.model.prior.to_dict(),
     }
     kept = None if folder is None else Checkpoint(folder, info, [_first_flux(scene)])
     found = None if kept is None else kept.load("search")
@@ -260,8 +267,11 @@ def sample_sources(
     draw = torch.linspace(draws - 1, 0, turns + 1).round().long()[:turns].flip(0)[ids // chains]
     theta = joint.theta[chain, draw]
     lenses = system.sheared(joint.names, theta)
-    many = not system.known
+    light = system.lit(joint.names, theta)
+    many = not system.known or light is not None
     y = scene.y.expand(samples, *scene.y.shape) if many else scene.y
+    if light is not None:
+        y = torch.where(scene.seen, y.double() - light, 0.0).to(scene.y)
     likelihood = Likelihood(y, system.response @ lenses, GaussianNoise(std=scene.std), batched=many)
     posterior = Posterior(prior, likelihood, guidance)
     sampler = DPMSolver(32, eta=1.0) if sampler is None else sampler
@@ -320,7 +330,7 @@ def _search(
     few = few.truncated(min(_SEARCH_MODES, len(few.std)))
     rough = binned(scene, 2 if min(scene.grid.shape) >= _ROUGH else 1)
     system = lens_system(description, rough, wide, fixed=fixed, rays=2)
-    first = evidence_of(description, rough, system, few)
+    first = evidence_of(rough, system, few)
     begin = first.prior.unconstrain(first.prior.sample(restarts, derived_seed(seed, "restarts")))
     modes = find_modes(first, begin, adam=80, bfgs=40, progress=progress)
     best = first.prior.constrain(modes.z[:1])
@@ -329,7 +339,7 @@ def _search(
     placed = coarse_grid(replace(fine, centre=centre), stand_in.bins)
     scene = binned(scene, description.bin)
     system = lens_system(description, scene, placed, fixed=fixed, rays=None)
-    full = evidence_of(description, scene, system, stand_in.gaussian)
+    full = evidence_of(scene, system, stand_in.gaussian)
     modes = find_modes(full, good, adam=25, bfgs=40, rate=0.02, progress=progress)
     kept = distinct_modes(modes, full.prior)
     z = scattered(

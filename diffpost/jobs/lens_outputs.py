@@ -7,6 +7,7 @@ corner.png         the parameters; summary.png: data, model, residual, source
 source_mean.fits source_std.fits source_samples.fits     on the source plane
 samples.zarr       the sources, for `Samples.load`
 data.fits model.fits residual.fits     on the image plane, with the input's world coordinates
+lens_light.fits    likewise, the lens' own light, if it is modelled; the model holds it too
 """
 
 from __future__ import annotations
@@ -107,11 +108,15 @@ def _products(result: LensResult, folder: Path) -> None:
         cards=cards,
     )
     plane = scene.header
-    for name, values, its, text in (
+    maps = [
         ("data", scene.part(scene.y[0]), unit, "the data as used; NaN: not used"),
         ("model", result.model, unit, "mean of the draws' images; NaN: not used"),
         ("residual", result.residual, "", "(data - model) / sigma; NaN: not used"),
-    ):
+    ]
+    if result.light is not None:
+        text = "mean of the draws' light of the lens, behind the PSF; NaN: not used"
+        maps.append(("lens_light", result.light, unit, text))
+    for name, values, its, text in maps:
         write_map(folder / f"{name}.fits", values, plane, unit=its, comment=text)
     result.samples.save(folder / "samples.zarr")
     result.joint.save(folder / "chains.zarr")

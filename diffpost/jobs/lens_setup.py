@@ -1,6 +1,6 @@
 r"""A lens job's description in YAML, and the grids and data that it leads to.
 
-Beside `mass` and `redshifts` (:mod:`diffpost.physics.lens_model`) the file has
+Beside `mass`, `redshifts` (:mod:`diffpost.physics.lens_model`) and `light` (:mod:`diffpost.physics.light_model`) the file has
 
     pixel: 0.05                                            # arcsec; default: from the image's WCS
     mask: {inner: 0.3, outer: 2.5, centre: [0, 0]}         # arcsec about the middle of the cutout: what is used
@@ -41,7 +41,8 @@ Array = NDArray[np.float64]
 
 _SHARE = 0.90  # of the PSF's flux, within the margin
 _RAYS = 2
-_KEYS = ("mass", "redshifts", "pixel", "mask", "source", "oversample", "bin")
+_MODEL = ("mass", "redshifts", "light")
+_KEYS = (*_MODEL, "pixel", "mask", "source", "oversample", "bin")
 _LARGEST = 512  # pixels on a side of the image grid
 
 
@@ -60,7 +61,7 @@ class SourcePlan:
 class LensDescription:
     """What the YAML file says.
 
-    model: mass and priors; pixel: arcsec or None; inner, outer, centre: of the mask, arcsec; source: its grid; oversample:
+    model: mass, light and priors; pixel: arcsec or None; inner, outer, centre: of the mask, arcsec; source: its grid; oversample:
     rays per pixel and side; bin: image pixels and side added up for the parameters; spec: as read.
     """
 
@@ -112,7 +113,7 @@ def read_description(model: str | os.PathLike[str] | Mapping[str, Any]) -> LensD
     )
     pixel = model.get("pixel")
     return LensDescription(
-        model=read_lens_model({k: model[k] for k in ("mass", "redshifts") if k in model}),
+        model=read_lens_model({k: model[k] for k in _MODEL if k in model}),
         pixel=None if pixel is None else _number(pixel, "pixel", above=0.0),
         inner=inner,
         outer=outer,
@@ -134,6 +135,7 @@ class LensScene:
     y, std: (1, ny, nx) on that grid; the noise is infinite where nothing is used.
     psf: at the sampling of the grid.
     rows, columns: the part of the grid that lies in the cutout, and `place` the same part of the cutout.
+    bins, whole: how many pixels on a side were added up, of which scene; None if none were.
     """
 
     problem: Problem
@@ -144,6 +146,8 @@ class LensScene:
     rows: slice
     columns: slice
     place: tuple[slice, slice]
+    bins: int = 1
+    whole: LensScene | None = None
 
     @property
     def seen(self) -> Tensor:
@@ -231,7 +235,7 @@ def lens_scene(
 def binned(scene: LensScene, k: int) -> LensScene:
     """The same scene in pixels of k x k, all of which must be used, with as many rays.
 
-    The PSF is that of a source which is flat within such a pixel. For finding parameters, not for pictures: places in the
+    The PSF is that of a source which is flat within such a pixel; the lens' own light goes by the finer pixels. For finding parameters, not for pictures: places in the
     cutout stay those of the finer grid.
     """
     if k == 1:
@@ -257,7 +261,15 @@ def binned(scene: LensScene, k: int) -> LensScene:
     padded = torch.nn.functional.pad(scene.psf, more)
     kernel = torch.outer(tent, tent)[None, None]
     smooth = torch.nn.functional.conv2d(padded[None, None], kernel, padding=k - 1)[0, 0]
-    return replace(scene, grid=grid, y=y.float(), std=std.float(), psf=smooth[::k, ::k])
+    return replace(
+        scene,
+        grid=grid,
+        y=y.float(),
+        std=std.float(),
+        psf=smooth[::k, ::k],
+        bins=scene.bins * k,
+        whole=scene.whole or scene,
+    )
 
 
 # Parts ----------------------------------------------------------------------------------------

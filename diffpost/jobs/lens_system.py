@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from diffpost.jobs.lens_setup import LensDescription, LensScene
-from diffpost.operator import Convolve, Diagonal
+from diffpost.operator import Convolve, Diagonal, PixelBin
 from diffpost.operators.base import LinearOperator
-from diffpost.parameters import OperatorFamily
+from diffpost.parameters import OperatorFamily, ParameterPrior
 from diffpost.parameters.family import Values
 from diffpost.physics.grid import Grid
 from diffpost.physics.lens_family import LensFamily
+from diffpost.physics.lens_light import LensLight
 from diffpost.physics.lensing import Lens
+from diffpost.physics.light_model import LightModel
 from diffpost.score import ScoreModel
 
 __all__ = [
@@ -51,18 +53,24 @@ class SinglePrecision(LinearOperator):
 
 @final
 class KnownLens(OperatorFamily):
-    """A known lens with a source whose brightness is the one parameter: flux R L x.
+    """A known lens with a source whose brightness is a parameter, the one but for those of the lens' light: flux R L x + b.
 
     Args:
         operator: R L.
         input_shape, data_shape: of a source and its data.
+        light: b.
     """
 
     def __init__(
-        self, operator: LinearOperator, input_shape: tuple[int, ...], data_shape: tuple[int, ...]
+        self,
+        operator: LinearOperator,
+        input_shape: tuple[int, ...],
+        data_shape: tuple[int, ...],
+        light: LensLight | None = None,
     ) -> None:
         self.operator = operator
-        self.names = (FLUX,)
+        self.light = light
+        self.names = (FLUX, *(() if light is None else light.names))
         self.input_shape, self.data_shape = input_shape, data_shape
         self._seen: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
@@ -73,6 +81,9 @@ class KnownLens(OperatorFamily):
                 "KnownLens.at: got several fluxes; expected one, for one operator. Use apply."
             )
         return Diagonal(flux[0].expand(self.data_shape)) @ self.operator
+
+    def background(self, values: Values) -> Tensor | None:
+        return None if self.light is None else self.light.data(values)
 
     def apply(self, values: Values, x: Tensor) -> Tensor:
         return values[FLUX].reshape(-1, *[1] * len(self.data_shape)) * self.operator(x)
@@ -94,14 +105,18 @@ class LensSystem:
     """A lens between a source grid and the image, and the instrument behind it.
 
     lens: of caustics' mass; response: the PSF; fixed: (P,) values of its free parameters where they are held, else None.
+    light: of the lens itself, with its own way to the same data; prior: of what is free in mass and light.
     """
 
     lens: Lens
     response: LinearOperator
     fixed: Tensor | None
+    light: LensLight | None = None
+    prior: ParameterPrior | None = None
 
     @property
     def known(self) -> bool:
+        """Whether the mass is."""
         return self.fixed is not None or not self.lens.parameters
 
     @property
@@ -111,15 +126,23 @@ class LensSystem:
     @property
     def family(self) -> OperatorFamily:
         if not self.known:
-            return LensFamily(self.lens, SinglePrecision(self.response))
+            return LensFamily(self.lens, SinglePrecision(self.response), light=self.light)
         shapes = (1, *self.lens.source.shape), (1, *self.lens.image.shape)
-        return KnownLens(SinglePrecision(self.response) @ self.lens.at(self.fixed), *shapes)
+        seen = SinglePrecision(self.response) @ self.lens.at(self.fixed)
+        return KnownLens(seen, *shapes, light=self.light)
 
     def params(self, names: tuple[str, ...], theta: Tensor) -> Tensor | None:
         """The lens' parameters (..., P) of draws (..., len(names)); None where it has none."""
         if self.known:
             return self.fixed
         return torch.stack([theta[..., names.index(n)] for n in self.lens.parameters], -1)
+
+    def lit(self, names: tuple[str, ...], theta: Tensor) -> Tensor | None:
+        """Data (B, 1, ny, nx) of the lens' own light at draws theta (B, P), float64; None where it is not modelled."""
+        if self.light is None:
+            return None
+        with torch.no_grad():
+            return self.light.data(dict(zip(names, theta.double().unbind(1), strict=True)))
 
     def sheared(self, names: tuple[str, ...], theta: Tensor) -> LinearOperator:
         """Lensing alone, without the instrument: entry b of a batch with theta[b] (B, P)."""
@@ -165,10 +188,28 @@ def lens_system(
             "the lens model has no redshifts, which its profiles need; add them to the YAML file, such as "
             "redshifts: {lens: 0.2, source: 1.1}"
         )
+    bright = description.model.light
     if fixed and prior is not None:
-        middle = prior.constrain(torch.zeros(1, len(prior), dtype=torch.float64))[0]
-        held = torch.stack([middle[prior.names.index(n)] for n in lens.parameters])
-    return LensSystem(lens, Convolve(scene.psf.float()), held)
+        middle = prior.constrain(torch.zeros(len(prior), dtype=torch.float64))
+        values = dict(zip(prior.names, middle.tolist(), strict=True))
+        bright = None if bright is None else bright.held(values)
+        if lens.parameters:
+            held = torch.tensor([values[n] for n in lens.parameters], dtype=torch.float64)
+    return LensSystem(
+        lens,
+        Convolve(scene.psf.float()),
+        held,
+        None if bright is None else _light(bright, scene, rays),
+        None if fixed else prior,
+    )
+
+
+def _light(model: LightModel, scene: LensScene, rays: int | None) -> LensLight:
+    """On the pixels of the image, before they are added up."""
+    whole = scene.whole or scene
+    grid = whole.grid if rays is None else replace(whole.grid, oversample=rays)
+    seen: LinearOperator = Convolve(whole.psf)
+    return LensLight(model, grid, seen if scene.bins == 1 else PixelBin(scene.bins) @ seen)
 
 
 def coarse_grid(fine: Grid, bins: int) -> Grid:
