@@ -29,7 +29,9 @@ _NOTHING = "#d9d9de"
 def lens_summary(result: LensResult, path: str | os.PathLike[str] | None = None) -> Figure:
     """Data, model, residual in sigma, the source's mean and standard deviation above; five draws of it below.
 
-    Axes are x and y in arcsec from the middle of the cutout.  Curves are those of the median lens.
+    Where the lens' own light is modelled: data, that light, the data without it, the lensed source, residual and the source's
+    mean above; its standard deviation and five draws below.  Axes are x and y in arcsec from the middle of the cutout.
+    Curves are those of the median lens.
 
     Parameters
     ----------
@@ -44,67 +46,88 @@ def lens_summary(result: LensResult, path: str | os.PathLike[str] | None = None)
     critical = [line.cpu().numpy() for line in curves]
     caustics = [line.detach().cpu().numpy() for line in traced(lens, curves, params, 0)]
     extent = _extent(result)
-    data, model, residual = scene.part(scene.y[0]), result.model, result.residual
-    noise = float(scene.std[0][scene.seen].median())
-    norm = _norm(data, noise)
-    inner = result.images
-    top = float(np.percentile(result.mean, 99.9))
-    level = max(top, 1e-300)
-    source_norm = _norm(result.mean, 0.02 * level)
+    planes = _planes(result)
+    count = len(planes)  # then the residual
 
-    figure = new_figure(19.6, 9.3)
+    # what is left of a row is the source's
+    columns = max(5, count + 2)
+    figure = new_figure(19.6 * columns / 5, 9.3)
+    left, right = 0.035 * 5 / columns, 1 - 0.01 * 5 / columns
     grid = figure.add_gridspec(
-        2, 5, left=0.035, right=0.99, top=0.87, bottom=0.045, wspace=0.17, hspace=0.4
+        2, columns, left=left, right=right, top=0.87, bottom=0.045, wspace=0.17, hspace=0.4
     )
-    upper = [figure.add_subplot(grid[0, j]) for j in range(5)]
-    lower = [figure.add_subplot(grid[1, j]) for j in range(5)]
+    axes = [figure.add_subplot(grid[i, j]) for i in range(2) for j in range(columns)]
     unit = scene.problem.unit
     label = f"{unit} per pixel" if unit else "flux per pixel"
-    for ax, image, name in ((upper[0], data, "Data"), (upper[1], model, "Model, mean of draws")):
+    for ax, (name, image, norm) in zip(axes, planes, strict=False):
         shown = _show(ax, image, extent, norm=norm, cmap="magma")
         colour_bar(figure, ax, shown, label, below=UNDER_LABELS)
         _name(ax, name)
-    shown = _show(upper[2], residual, extent, vmin=-5, vmax=5, cmap="RdBu_r")
+    shown = _show(axes[count], result.residual, extent, vmin=-5, vmax=5, cmap="RdBu_r")
     name = "standard deviations of the noise"
-    colour_bar(figure, upper[2], shown, name, [-4, -2, 0, 2, 4], below=UNDER_LABELS)
-    _name(upper[2], "Residual")
-    for ax, color in zip(upper[:3], (_CRITICAL, _CRITICAL, INK), strict=True):
+    colour_bar(figure, axes[count], shown, name, [-4, -2, 0, 2, 4], below=UNDER_LABELS)
+    _name(axes[count], "Residual")
+    for i, ax in enumerate(axes[: count + 1]):
         for line in critical:
+            color = INK if i == count else _CRITICAL
             ax.plot(line[:, 0], line[:, 1], color=color, linewidth=1.0, alpha=0.9)
         ax.set_xlim(extent[:2])
         ax.set_ylim(extent[2:])
-    shown = _show(upper[3], result.mean, source.extent, norm=source_norm, cmap="magma")
-    colour_bar(figure, upper[3], shown, label, below=UNDER_LABELS)
-    _name(upper[3], "Source, mean")
+
+    mean, std, *draws = axes[count + 1 :]
+    level = max(float(np.percentile(result.mean, 99.9)), 1e-300)
+    source_norm = _norm(result.mean, 0.02 * level)
+    shown = _show(mean, result.mean, source.extent, norm=source_norm, cmap="magma")
+    colour_bar(figure, mean, shown, label, below=UNDER_LABELS)
+    _name(mean, "Source, mean")
     spread = _norm(result.std, None, positive=True)
-    shown = _show(upper[4], result.std, source.extent, norm=spread, cmap="viridis")
-    colour_bar(figure, upper[4], shown, label, below=UNDER_LABELS)
-    _name(upper[4], "Source, standard deviation")
-    for i, ax in enumerate(lower):
+    shown = _show(std, result.std, source.extent, norm=spread, cmap="viridis")
+    colour_bar(figure, std, shown, label, below=UNDER_LABELS)
+    _name(std, "Source, standard deviation")
+    inner = result.images
+    for i, ax in enumerate(draws):
         if i >= len(inner):
             ax.set_axis_off()
             continue
         _show(ax, inner[i], source.extent, norm=source_norm, cmap="magma")
         _name(ax, f"Source, draw {i + 1}")
-    for ax in (*upper[3:], *lower):
+    for ax in (mean, std, *draws[: len(inner)]):
         for line in caustics:
             ax.plot(line[:, 0], line[:, 1], color=_CAUSTIC, linewidth=1.0, alpha=0.9)
         ax.set_xlim(source.extent[:2])
         ax.set_ylim(source.extent[2:])
-    for ax in (*upper, *lower):
+    for ax in axes:
         ax.set_aspect("equal")
         ax.tick_params(labelsize=8.5, colors=MUTED, length=3)
         for side in ax.spines.values():
             side.set_edgecolor(INK)
             side.set_linewidth(0.8)
-    for ax in (upper[0], lower[0]):
+    for ax in (axes[0], axes[columns]):
         ax.set_ylabel("y [arcsec]", fontsize=9, color=MUTED)
     figure.text(
-        0.035, 0.962, result.title or "Lens", fontsize=19, color=INK, weight="bold", va="center"
+        left, 0.962, result.title or "Lens", fontsize=19, color=INK, weight="bold", va="center"
     )
-    figure.text(0.035, 0.924, _subtitle(result), fontsize=11.5, color=MUTED, va="center")
+    figure.text(left, 0.924, _subtitle(result), fontsize=11.5, color=MUTED, va="center")
     write(figure, path, dpi=110)
     return figure
+
+
+def _planes(result: LensResult) -> list[tuple[str, Array, Any]]:
+    """Name, image and colours of what is shown on the image plane, in the order of the row."""
+    scene, light = result.scene, result.light
+    noise = float(scene.std[0][scene.seen].median())
+    data = scene.part(scene.y[0])
+    norm = _norm(data, noise)
+    if light is None:
+        return [("Data", data, norm), ("Model, mean of draws", result.model, norm)]
+    lensed = result.model - light
+    arcs = _norm(lensed, noise)
+    return [
+        ("Data", data, norm),
+        ("Lens light, mean", light, norm),
+        ("Data − lens light", data - light, arcs),
+        ("Lensed source, mean", lensed, arcs),
+    ]
 
 
 def _subtitle(result: LensResult) -> str:
