@@ -262,7 +262,8 @@ def calibrate(
     epilog=(
         "[bold]The lens model[/bold]\n\n"
         "[green]mass: {main: {profile: SIE, q: {uniform: [0.3, 1]}, phi: {circular: 3.14159}, Rein: {uniform: [1, 2]}}}[/green]\n\n"
-        "and, if wanted, [green]pixel: 0.05[/green], [green]mask: {inner: 0.3, outer: 2.5}[/green], "
+        "and, if wanted, the lens' own light, [green]light: {bulge: {profile: Sersic, centre: main, n: 4, "
+        "Re: {lognormal: [1, 0.5]}, flux: {lognormal: [500, 1]}}}[/green]; [green]pixel: 0.05[/green], [green]mask: {inner: 0.3, outer: 2.5}[/green], "
         "[green]source: {size: 64, pixel: 0.025}[/green], [green]oversample: 2[/green] (docs/lensing.md); lengths in "
         "arcsec.\n\n"
         "[bold]Example[/bold]\n\n"
@@ -305,8 +306,8 @@ def lens(
 ) -> None:
     """Posterior samples of the source behind a gravitational lens, and of the lens.
 
-    The lens' own light must have been subtracted from IMAGE; it is not modelled. Parameters of the lens are those of the
-    YAML file --model: profiles of caustics, each parameter a number or a prior.
+    Parameters of the lens are those of the YAML file --model: profiles of caustics, each parameter a number or a prior. Its
+    own light is fitted where the file has a section `light`; otherwise it must have been subtracted from IMAGE.
     """
     given = dict(locals())
     with _bad_input():

@@ -246,7 +246,7 @@ LensModelFile = Annotated[
     Path,
     _option(
         "--model",
-        help="YAML file of the lens: mass, priors, mask and source grid.",
+        help="YAML file of the lens: mass, light, priors, mask and source grid.",
         show_default=False,
         panel="Lens",
     ),
