@@ -17,7 +17,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["clenshaw_curtis", "integral_between", "line_integral", "nodes"]
+__all__ = ["clenshaw_curtis", "integral_between", "line_integral", "nodes", "refined"]
+
+_NEGLIGIBLE = 1e-3  # an error of log p that is not worth an evaluation
 
 
 def nodes(n: int) -> list[float]:
@@ -53,23 +55,59 @@ def line_integral(slopes: Tensor) -> tuple[Tensor, Tensor]:
     return fine, (fine - coarse).abs()
 
 
+def refined(
+    slopes: Tensor,
+    slopes_at: Callable[[list[float], Tensor], Tensor],
+    most: int,
+    doubt: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The integral, and the estimate of its error where that is in doubt; both (B,).
+
+    Entries in doubt by more than 0.001 are evaluated again at twice the nodes, up to ``most`` intervals; the others are
+    not, so an entry never depends on its neighbours.
+
+    Args:
+        slopes: d . score at the nodes of 4 intervals, (B, 5).
+        slopes_at: the same at these places for the entries ids (n,) of the batch, (n, places).
+        most: intervals at most, a power of 2 of at least 4.
+        doubt: (integral, its error, ids) to what of the error matters, (n,); None is all of it.
+    """
+    ids = torch.arange(len(slopes), device=slopes.device)
+
+    def integrated(values: Tensor) -> tuple[Tensor, Tensor]:
+        total, error = line_integral(values)
+        return total, error if doubt is None else doubt(total, error, ids)
+
+    total, left = integrated(slopes)
+    n = 4
+    while 2 * n <= most:
+        unsure = (left[ids] > _NEGLIGIBLE).nonzero()[:, 0]
+        if len(unsure) == 0:
+            break
+        ids, old = ids[unsure], slopes[unsure]
+        n *= 2
+        slopes = old.new_empty(len(ids), n + 1)
+        slopes[:, ::2] = old
+        slopes[:, 1::2] = slopes_at(nodes(n)[1::2], ids)
+        finer, doubted = integrated(slopes)
+        total, left = total.index_copy(0, ids, finer), left.index_copy(0, ids, doubted)
+    return total, left
+
+
 def integral_between(
     score: Callable[[Tensor, Tensor], Tensor],
     start: Tensor,
     end: Tensor,
     most: int = 32,
-    tol: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
     """log p(end) - log p(start) from the score alone, and the estimate of its error; both (B,) float64.
 
-    Entries whose estimated error is above ``tol`` are evaluated again at twice the nodes, up to ``most`` intervals; the
-    others are not, so an entry never depends on its neighbours.
+    Refined where the estimated error asks for it (:func:`refined`).
 
     Args:
         score: score(r, ids), d log p/dr at r (n, *shape) of the entries ids (n,) of the batch.
         start, end: (B, *shape).
         most: intervals at most, a power of 2 of at least 4.
-        tol: error of log p that is not worth an evaluation.
     """
     delta = end - start
     wide = delta.double().flatten(1)
@@ -79,19 +117,5 @@ def integral_between(
         values = score(points, ids.repeat(len(places))).double().flatten(1)
         return (values * wide[ids].repeat(len(places), 1)).sum(1).reshape(len(places), -1).T
 
-    ids = torch.arange(len(start), device=start.device)
-    n = 4
-    slopes = slopes_at(nodes(n), ids)
-    total, error = line_integral(slopes)
-    while 2 * n <= most:
-        unsure = (error[ids] > tol).nonzero()[:, 0]
-        if len(unsure) == 0:
-            break
-        ids, old = ids[unsure], slopes[unsure]
-        n *= 2
-        slopes = old.new_empty(len(ids), n + 1)
-        slopes[:, ::2] = old
-        slopes[:, 1::2] = slopes_at(nodes(n)[1::2], ids)
-        finer, left = line_integral(slopes)
-        total, error = total.index_copy(0, ids, finer), error.index_copy(0, ids, left)
-    return total, error
+    everyone = torch.arange(len(start), device=start.device)
+    return refined(slopes_at(nodes(4), everyone), slopes_at, most)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -139,12 +139,7 @@ class Flow:
         h = -self._length / self._steps
         with torch.no_grad():
             for i in range(self._steps):
-                w = self._length + i * h
-                k1 = self._slope(x, w)
-                k2 = self._slope(x + 0.5 * h * k1, w + 0.5 * h)
-                k3 = self._slope(x + 0.5 * h * k2, w + 0.5 * h)
-                k4 = self._slope(x + h * k3, w + h)
-                x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+                x, _ = _runge_kutta(self._alone, x, self._length + i * h, h)
         return x
 
     def forward(self, r: Tensor, probes: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,17 +157,15 @@ class Flow:
         h = self._length / self._steps
         found = torch.zeros(len(vectors), len(r), dtype=torch.float64, device=r.device)
         for i in range(self._steps):
-            w = i * h
-            k1, d1 = self._both(r, w, vectors)
-            k2, d2 = self._both(r + 0.5 * h * k1, w + 0.5 * h, vectors)
-            k3, d3 = self._both(r + 0.5 * h * k2, w + 0.5 * h, vectors)
-            k4, d4 = self._both(r + h * k3, w + h, vectors)
-            r = r + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-            found = found + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+            r, more = _runge_kutta(lambda x, w: self._both(x, w, vectors), r, i * h, h)
+            found = found + more
         if probes is None:
             total = found.sum(0)
             return r, total, torch.zeros_like(total)
         return r, found.mean(0), found.std(0) / math.sqrt(probes)
+
+    def _alone(self, r: Tensor, w: float) -> tuple[Tensor, float]:
+        return self._slope(r, w), 0.0
 
     def _both(self, r: Tensor, w: float, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """dr/dw, and v^T (d/dr) dr/dw v for each vector, (V, B): by that log p falls."""
@@ -191,3 +184,14 @@ class Flow:
             return torch.eye(math.prod(shape), dtype=r.dtype, device=r.device).reshape(-1, *shape)
         u = uniform(seed, torch.arange(probes), 0, shape, torch.float64, stream=_STREAM)
         return torch.where(u < 0.5, -1.0, 1.0).to(r)
+
+
+def _runge_kutta(
+    rates: Callable[[Tensor, float], tuple[Tensor, Any]], r: Tensor, w: float, h: float
+) -> tuple[Tensor, Any]:
+    """r after a step h, and the integral over it of the other rate; rates(r, w) gives both."""
+    k1, d1 = rates(r, w)
+    k2, d2 = rates(r + 0.5 * h * k1, w + 0.5 * h)
+    k3, d3 = rates(r + 0.5 * h * k2, w + 0.5 * h)
+    k4, d4 = rates(r + h * k3, w + h)
+    return r + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)

@@ -9,17 +9,12 @@ ellipsoid taken here. Prints the table of docs/lensing.md and draws its picture.
 
 from __future__ import annotations
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
+from slacs import arguments_of, part, reconstruct, report
 
-from diffpost.io.datasets import fetch
-from diffpost.jobs.lens_outputs import write_lens
-from diffpost.jobs.outputs import OutputFolder
-from diffpost.lens import LensResult, reconstruct_lens
-from diffpost.plot.lens_summary import lens_summary
+from diffpost.lens import LensResult
 
 NAME = "slacs2303+1422"
 MODEL = {
@@ -66,66 +61,11 @@ def derived(result: LensResult) -> dict[str, torch.Tensor]:
     }
 
 
-def table(result: LensResult) -> str:
-    """The parameters beside the published ones, in Markdown."""
-    lines = ["| | here | Shajib et al. 2021 |", "|---|---|---|"]
-    for name, values in derived(result).items():
-        low, middle, high = torch.quantile(
-            values, torch.tensor([0.16, 0.5, 0.84]).double()
-        ).tolist()
-        value, plus, minus = PUBLISHED[name]
-        digits = 1 if name == "angle" else 4
-        lines.append(
-            f"| {name} | {middle:.{digits}f} +{high - middle:.{digits}f} −{middle - low:.{digits}f} | "
-            f"{value:.{digits}f} +{plus:.{digits}f} −{minus:.{digits}f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="SLACS J2303+1422, end to end.")
-    parser.add_argument("--prior", default="galaxies-32")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--chains", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=100)
-    parser.add_argument("--warmup", type=int, default=None)
-    parser.add_argument("--restarts", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("slacs-j2303"))
-    parser.add_argument("--resume", action="store_true", help="Go on with an interrupted run.")
-    parser.add_argument("--picture", type=Path, help="Also draw the summary into this file.")
-    arguments = parser.parse_args()
-
-    folder = OutputFolder(arguments.out)
-    folder.check(resume=arguments.resume)
-    data, noise, psf = (fetch(f"{NAME}-{part}") for part in ("data", "noise", "psf"))
-    result = reconstruct_lens(
-        data,
-        psf,
-        noise,
-        model=MODEL,
-        prior=arguments.prior,
-        samples=arguments.samples,
-        chains=arguments.chains,
-        draws=arguments.draws,
-        warmup=arguments.warmup,
-        restarts=arguments.restarts,
-        seed=arguments.seed,
-        batch_size=4,
-        checkpoint=folder.start(resume=arguments.resume),
-        title="SLACS J2303+1422",
-        announce=print,
-    )
-    write_lens(folder, result)
-    if arguments.picture is not None:
-        lens_summary(result, arguments.picture)
-    chi2, mu = result.metrics["reduced_chi2"], result.metrics["magnification"]
-    print(table(result))
-    print(f"reduced chi2 inside the mask: {chi2['draws']:.3f} (1 +- {chi2['expected_std']:.3f})")
-    print(f"magnification {mu['mean']:.1f} +- {mu['std']:.1f}")
-    print(f"R-hat {result.metrics['rhat']:.3f}, effective size {result.metrics['ess']:.0f}")
-    print(f"shift under the prior itself: {result.metrics['shift']}")
-    print(f"seconds: {result.timings}")
+    arguments = arguments_of("SLACS J2303+1422", "slacs-j2303", restarts=6)
+    noise = part(NAME, "noise")
+    result = reconstruct(arguments, "SLACS J2303+1422", NAME, MODEL, noise)
+    report(result, derived(result), PUBLISHED)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ modes are moved too far in every step and the trajectory breaks up.)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import final
 
@@ -17,7 +16,7 @@ import torch
 
 from diffpost.guidance.base import Guidance
 from diffpost.guidance.covariance import Covariance, IsotropicCovariance
-from diffpost.guidance.gain import largest_gain
+from diffpost.guidance.gain import finest_std
 from diffpost.guidance.moment_matching import MomentMatching
 from diffpost.likelihood import Likelihood
 from diffpost.operators.base import LinearOperator, numel
@@ -72,8 +71,8 @@ def finest(prior: ScoreModel, likelihood: Likelihood) -> float | None:
         device=prior.device,
     )
     scale = float(torch.as_tensor(prior.scale).double().abs().max())
-    gain = scale**2 * largest_gain(likelihood, blank)
-    return 1 / math.sqrt(gain) if gain > 0 else None
+    std = finest_std(likelihood, blank)
+    return None if std is None else std / scale
 
 
 def choose(prior: ScoreModel, likelihood: Likelihood) -> Choice:

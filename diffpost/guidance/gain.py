@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from diffpost.likelihood import Likelihood
 from diffpost.random import normal
 
-__all__ = ["largest_eigenvalue", "largest_gain"]
+__all__ = ["finest_std", "largest_eigenvalue", "largest_gain"]
 
 _ITERATIONS = 16
 
@@ -25,6 +26,12 @@ def largest_gain(likelihood: Likelihood, x: Tensor) -> float:
         return linear.adjoint(noise.whiten_adjoint(noise.whiten(linear(v))))
 
     return largest_eigenvalue(product, x)
+
+
+def finest_std(likelihood: Likelihood, x: Tensor) -> float | None:
+    """The standard deviation to which the data fix the image at best, linearised at x; None where they say nothing."""
+    gain = largest_gain(likelihood, x)
+    return 1 / math.sqrt(gain) if gain > 0 else None
 
 
 def largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffpost.guidance.base import Guidance, per_entry, squared_nsr, tweedie_factor
 from diffpost.guidance.choice import choose
-from diffpost.guidance.gain import largest_gain
+from diffpost.guidance.gain import finest_std
 from diffpost.learned_noise import LearnedNoise
 from diffpost.likelihood import Likelihood
 from diffpost.noise import has_gaussian_noise
@@ -116,8 +116,7 @@ class SLIC(Guidance):
             if below is None:
                 rows = likelihood.rows
                 blank = torch.zeros_like(x[:1] if rows is None else x)
-                gain = largest_gain(gaussian, blank)
-                below = _STABLE / gain**0.5 if gain > 0 else 0.0
+                below = _STABLE * (finest_std(gaussian, blank) or 0.0)
             found = self._surrogates[likelihood] = (gaussian, below)
         return found
 

@@ -12,7 +12,6 @@ for at a cusp derivatives have no value.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import final
 
@@ -24,7 +23,7 @@ from diffpost.operator import Identity
 from diffpost.operators.base import LinearOperator, Parameter, Shape
 from diffpost.physics.grid import Grid
 from diffpost.physics.light_model import LightModel, LightPart
-from diffpost.physics.ray_tracing import LensParameter, beside
+from diffpost.physics.ray_tracing import LensParameter, beside, valid_range
 from diffpost.physics.transforms import transformed
 
 __all__ = ["LensLight"]
@@ -115,11 +114,10 @@ class LensLight:
         """
         rows, like = self._columns(values)
         area = self.image.area
-        per_pixel = self._x.like(rows[0]).shape[1] * len(like)
-        step = max(1, _CHUNK // per_pixel)
+        x, y = self._x.like(rows[0]), self._y.like(rows[0])
+        step = max(1, _CHUNK // (x.shape[1] * len(like)))
         again = torch.is_grad_enabled() and not transformed() and self._pixels > step
         again = again and any(r.requires_grad for r in rows)
-        x, y = self._x.like(rows[0]), self._y.like(rows[0])
         pieces = []
         for begin in range(0, self._pixels, step):
             place = x[begin : begin + step], y[begin : begin + step]
@@ -206,8 +204,7 @@ class _Component:
             LensParameter(
                 wanted,
                 p.units or "",
-                -math.inf if p.valid[0] is None else float(p.valid[0]),
-                math.inf if p.valid[1] is None else float(p.valid[1]),
+                *valid_range(p),
                 bool(p.cyclic),
             )
             for p, wanted in zip(params, self.wanted, strict=True)

@@ -162,12 +162,7 @@ def read_light(
 def _sersic(name: str, options: Mapping[str, Any], amplitude: str) -> Any:
     """caustics' profile; by its flux unless the amplitude is Ie."""
     part = caustics.Sersic(name=name, **options)
-    if amplitude == "flux":
-        part.flux = Param("flux", shape=(), units="flux", valid=(0, None))
-        part.Ie = _brightness
-        for key in ("flux", "q", "n", "Re"):
-            part.Ie.link(getattr(part, key))
-    return part
+    return _by_flux(part) if amplitude == "flux" else part
 
 
 def _gaussian(name: str, options: Mapping[str, Any], amplitude: str) -> Any:
@@ -177,6 +172,11 @@ def _gaussian(name: str, options: Mapping[str, Any], amplitude: str) -> Any:
     part.sigma = Param("sigma", shape=(), units="arcsec", valid=(0, None))
     part.Re = _half_light
     part.Re.link(part.sigma)
+    return _by_flux(part)
+
+
+def _by_flux(part: Any) -> Any:
+    """The profile with its flux for a parameter in place of Ie."""
     part.flux = Param("flux", shape=(), units="flux", valid=(0, None))
     part.Ie = _brightness
     for key in ("flux", "q", "n", "Re"):

@@ -32,7 +32,7 @@ except ImportError as error:
         "lenses need caustics, which is not installed: pip install 'diffpost[lens]'"
     ) from error
 
-__all__ = ["LensParameter", "RayTracer", "beside"]
+__all__ = ["LensParameter", "RayTracer", "beside", "valid_range"]
 
 _REDSHIFTS = ("z_l", "z_s")
 
@@ -173,7 +173,7 @@ class RayTracer:
     def _check_known(self) -> None:
         """Raises where a value that the model holds is out of range, of which caustics only warns."""
         for param, owner in self._owners(self._base.static_params).items():
-            lower, upper = _range(param)
+            lower, upper = valid_range(param)
             told = LensParameter(f"{owner.name}.{param.name}", "", lower, upper, bool(param.cyclic))
             bad = ~told.valid(param.value)
             if bool(bad.any()):
@@ -189,7 +189,7 @@ class RayTracer:
         found = []
         for param, owner in owners.items():
             name = param.name if plain else f"{labels[owner]}.{param.name}"
-            lower, upper = _range(param)
+            lower, upper = valid_range(param)
             value = None if param.value is None else param.value.flatten().tolist()
             size = math.prod(param.shape)
             for i, index in enumerate(_indices(param.shape)):
@@ -387,7 +387,7 @@ class RayTracer:
         return self._models[key]
 
 
-def _range(param: Any) -> tuple[float, float]:
+def valid_range(param: Any) -> tuple[float, float]:
     lower, upper = param.valid
     return (
         -math.inf if lower is None else float(lower),

@@ -39,7 +39,7 @@ from torch import Tensor
 from diffpost.guidance.base import per_entry
 from diffpost.guidance.slic import with_surrogate
 from diffpost.likelihood import Likelihood
-from diffpost.line_integral import line_integral, nodes
+from diffpost.line_integral import nodes, refined
 from diffpost.noise import has_gaussian_noise
 from diffpost.samplers.base import NoiseSource, Sampler, State
 from diffpost.samplers.chain import (
@@ -413,32 +413,19 @@ class Line:
     def integral(self, level: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """The integral, and the estimate of its error where that could turn ``integral > level``; both (B,).
 
-        Entries in such doubt are evaluated at twice the nodes, up to ``most`` intervals.
+        Entries in such doubt are refined, up to ``most`` intervals.
         """
-        total, error = line_integral(self._slopes)
-        doubt = torch.where((total - level).abs() < error, error, 0.0)
-        ids = torch.arange(len(level), device=level.device)
-        slopes, n = self._slopes, 4
-        while 2 * n <= most:
-            unsure = (doubt[ids] > _NEGLIGIBLE).nonzero()[:, 0]
-            if len(unsure) == 0:
-                break
-            ids, old = ids[unsure], slopes[unsure]
-            n *= 2
+
+        def slopes_at(places: list[float], ids: Tensor) -> Tensor:
             start, delta = self._from[ids], self._delta[ids]
-            places = torch.stack([start + a * delta for a in nodes(n)[1::2]])
-            scores = score_at(self._prior.select(ids), places, self._t)
-            slopes = old.new_empty(len(ids), n + 1)
-            slopes[:, ::2] = old
-            slopes[:, 1::2] = torch.stack([dot(delta, s) for s in scores], 1)
-            finer, error = line_integral(slopes)
-            total = total.index_copy(0, ids, finer)
-            left = torch.where((finer - level[ids]).abs() < error, error, 0.0)
-            doubt = doubt.index_copy(0, ids, left)
-        return total, doubt
+            points = torch.stack([start + a * delta for a in places])
+            scores = score_at(self._prior.select(ids), points, self._t)
+            return torch.stack([dot(delta, s) for s in scores], 1)
 
+        def doubt(total: Tensor, error: Tensor, ids: Tensor) -> Tensor:
+            return torch.where((total - level[ids]).abs() < error, error, 0.0)
 
-_NEGLIGIBLE = 1e-3  # an error of log acceptance that is not worth an evaluation
+        return refined(self._slopes, slopes_at, most, doubt)
 
 
 def log_ratio(

@@ -72,15 +72,15 @@ def found_ends(prior: ScoreModel, likelihood: Likelihood) -> tuple[float, float]
 
 
 def ours(
-    guidance: Guidance | None, sampler: Callable[[Setting], Sampler]
+    guidance: Guidance | None, sampler: Callable[[Setting], Sampler], particles: int = 1
 ) -> Callable[[Setting], Draws]:
-    """A guidance and a sampler of diffpost."""
+    """A guidance and a sampler of diffpost; of ``particles`` with weights one is kept, and the cost is theirs together."""
 
     def method(setting: Setting) -> Draws:
         posterior = Posterior(setting.prior, setting.likelihood, guidance)
         made = sample(
             posterior,
-            setting.n,
+            particles * setting.n,
             sampler(setting),
             setting.seed,
             batch_size=setting.batch,
@@ -92,26 +92,10 @@ def ours(
                 told[name] = float(made.extras[name].mean())
         if "ess" in made.extras:
             told["least_ess"] = float(made.extras["ess"].min())
-        weights = None if made.log_weights is None else made.weights
-        return Draws(made.x.double(), weights, made.calls, made.vjps, told)
-
-    return method
-
-
-def thinned(sampler: Callable[[Setting], Sampler], particles: int) -> Method:
-    """A particle method with ``particles`` for every draw that is kept; the cost is theirs together."""
-
-    def method(setting: Setting) -> Draws:
-        made = sample(
-            Posterior(setting.prior, setting.likelihood),
-            particles * setting.n,
-            sampler(setting),
-            setting.seed,
-            progress=False,
-        )
-        kept = made.resampled(setting.n, seed=setting.seed)
-        told: Record = {"least_ess": float(made.extras["ess"].min())}
-        return Draws(kept.x.double(), None, particles * made.calls, particles * made.vjps, told)
+        kept = made if particles == 1 else made.resampled(setting.n, seed=setting.seed)
+        weights = None if kept.log_weights is None else kept.weights
+        calls, vjps = particles * made.calls, particles * made.vjps
+        return Draws(kept.x.double(), weights, calls, vjps, told)
 
     return method
 

@@ -13,7 +13,7 @@ from diffpost.oracles import MixtureOracle, gaussian_mixture
 from diffpost.samplers import MALA, DPMSolver, EulerMaruyama, Sampler, SplitGibbs, TwistedSMC
 
 from . import peers
-from .drawing import Draws, Method, Setting, found_ends, judged, ours, thinned
+from .drawing import Draws, Method, Setting, found_ends, judged, ours
 from .results import Record, Task
 
 PART = "mixture"
@@ -96,15 +96,13 @@ def smc(steps: int, particles: int = DRAWS) -> Method:
     return ours(None, lambda s: TwistedSMC(particles, steps))
 
 
-WHOLE = "TwistedSMC, 300"  # 1,000 particles, all of them draws
-THINNED = (
-    "TwistedSMC, 3 x 100"  # as many calls a draw: 3,000 particles of 100, a third of them kept
-)
+# 300 calls a draw: of 1,000 particles, all of them draws, or 100 each of 3,000, of which a third is kept
+WHOLE, THINNED = "TwistedSMC, 300", "TwistedSMC, 3 x 100"
 
 
 def smc_thinned(steps: int, particles: int) -> Method:
     """TwistedSMC with ``particles`` for every draw that is kept."""
-    return thinned(lambda s: TwistedSMC(particles * s.n, steps), particles)
+    return ours(None, lambda s: TwistedSMC(particles * s.n, steps), particles)
 
 
 def methods(steps: int = 100) -> dict[str, Method]:

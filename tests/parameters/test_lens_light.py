@@ -28,7 +28,7 @@ from diffpost.physics import Grid, Lens, LensLight, read_lens_model
 from diffpost.score import GaussianScore
 
 from .targets import F64, accepts, deviations
-from .toy import _moments, field
+from .toy import field, grid_marginals
 
 N, PIXEL, NOISE = 12, 0.25, 0.15
 SPEC = {
@@ -92,23 +92,12 @@ class Problem:
         marginal = MultivariateNormal(
             self.matrix @ self.mean, self.matrix @ self.cov @ self.matrix.T + noise
         )
-        window = [(0.1, 1.5), (1.0, 40.0)]
-        for count in (24, 24, cells):
-            axes = [
-                low + (high - low) / count * (torch.arange(count, dtype=F64) + 0.5)
-                for low, high in window
-            ]
-            nodes = torch.cartesian_prod(*axes)
+
+        def log_mass(nodes):
             left = self.y - self.light(*nodes.unbind(1))
-            value = marginal.log_prob(left) + self.prior.log_prob(nodes)
-            mass = value.softmax(0).reshape(count, count)
-            found = [_moments(axes[i], mass.sum(1 - i)) for i in range(2)]
-            window = [
-                (max(w[0], float(m - 6 * s)), min(w[1], float(m + 6 * s)))
-                for w, (m, s, _) in zip(window, found, strict=True)
-            ]
-        mean, std, cdf = zip(*found, strict=True)
-        return torch.stack(mean), torch.stack(std), list(cdf)
+            return marginal.log_prob(left) + self.prior.log_prob(nodes)
+
+        return grid_marginals(log_mass, [(0.1, 1.5), (1.0, 40.0)], (24, 24, cells))
 
     def evidence(self, response="psf", shown=True):
         light = LensLight(

@@ -102,24 +102,14 @@ class Toy:
             images: (weights, means, covariances) of a mixture that images follow; None is their normal.
         """
         images = ([1.0], [self.score.mean.flatten()], [self.cov]) if images is None else images
-        window = [(0.2, 2.5), (-4.0, 4.0)]
-        for count in (16, 16, cells):
-            axes, mass = self._mass(window, count, noise, image, images)
-            found = [_moments(axes[i], mass.sum(1 - i)) for i in range(2)]
-            window = [
-                (max(w[0], float(m - 6 * s)), min(w[1], float(m + 6 * s)))
-                for w, (m, s, _) in zip(window, found, strict=True)
-            ]
-        mean, std, cdf = zip(*found, strict=True)
-        return torch.stack(mean), torch.stack(std), list(cdf)
+        return grid_marginals(
+            lambda nodes: self._log_mass(nodes, noise, image, images),
+            [(0.2, 2.5), (-4.0, 4.0)],
+            (16, 16, cells),
+        )
 
-    def _mass(self, window, cells, noise, image, images):
+    def _log_mass(self, nodes, noise, image, images):
         noise = self.noise if noise is None else noise
-        axes = [
-            low + (high - low) / cells * (torch.arange(cells, dtype=F64) + 0.5)
-            for low, high in window
-        ]
-        nodes = torch.cartesian_prod(*axes)
         y = self.likelihood.y[0].flatten()
         value = []
         for part in nodes.split(64):
@@ -137,8 +127,29 @@ class Toy:
                 for w, mean, cov in zip(*images, strict=True)
             ]
             value.append(torch.stack(parts).logsumexp(0))
-        value = torch.cat(value) + self.prior.log_prob(nodes)
-        return axes, value.softmax(0).reshape(cells, cells)
+        return torch.cat(value) + self.prior.log_prob(nodes)
+
+
+def grid_marginals(log_mass, window, counts):
+    """Marginals of two parameters, (mean, std, cdf), on grids of ``counts`` cells a side, each about the last one's bulk.
+
+    Args:
+        log_mass: of nodes (n, 2), (n,).
+        window: (low, high) of each parameter, where the first grid lies and every other stays.
+    """
+    for count in counts:
+        axes = [
+            low + (high - low) / count * (torch.arange(count, dtype=F64) + 0.5)
+            for low, high in window
+        ]
+        mass = log_mass(torch.cartesian_prod(*axes)).softmax(0).reshape(count, count)
+        found = [_moments(axes[i], mass.sum(1 - i)) for i in range(2)]
+        window = [
+            (max(w[0], float(m - 6 * s)), min(w[1], float(m + 6 * s)))
+            for w, (m, s, _) in zip(window, found, strict=True)
+        ]
+    mean, std, cdf = zip(*found, strict=True)
+    return torch.stack(mean), torch.stack(std), list(cdf)
 
 
 def _moments(axis, p):
