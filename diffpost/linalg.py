@@ -13,6 +13,7 @@ finite returns NaN for that entry, and warns too.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +23,16 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-__all__ = ["ConvergenceWarning", "MatVec", "SolveReport", "Solver", "cg", "filtered", "gmres"]
+__all__ = [
+    "ConvergenceWarning",
+    "MatVec",
+    "SolveReport",
+    "Solver",
+    "cg",
+    "deflated",
+    "filtered",
+    "gmres",
+]
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -65,6 +75,41 @@ def filtered(v: Tensor, power: Tensor) -> Tensor:
     """F^-1 power F v, F the FFT2 of the last two axes; power even in k, broadcastable to v."""
     half = power[..., : v.shape[-1] // 2 + 1] if power.shape[-1] > 1 else power
     return torch.fft.irfft2(torch.fft.rfft2(v) * half, s=v.shape[-2:])
+
+
+def deflated(gram: MatVec, z: Tensor, largest: float, tol: float = 1e-5) -> Tensor:
+    """(I - G)^1/2 z for a symmetric G of eigenvalues between 0 and ``largest`` < 1.
+
+    The root is expanded in Chebyshev polynomials of G on that interval, whose coefficients fall like q^k,
+    1/q = s + (s^2 - 1)^1/2 with s = 2/largest - 1 (Trefethen 2013, theorem 8.2); 17 products at 0.9 and the default.
+
+    Args:
+        gram: G, (B, ...) to (B, ...).
+        z: (B, ...).
+        largest: upper end of the eigenvalues. A little above is harmless as long as it stays below 1.
+        tol: at which the sum of the coefficients that are left out stops to matter.
+
+    Raises:
+        ValueError: largest outside (0, 1).
+    """
+    if not 0 < largest < 1:
+        raise ValueError(f"deflated: got largest = {largest}; expected it between 0 and 1.")
+    nodes = 128
+    angles = math.pi * (torch.arange(nodes, dtype=torch.float64) + 0.5) / nodes
+    values = (1 - largest * (1 + angles.cos()) / 2).sqrt()
+    orders = torch.arange(nodes, dtype=torch.float64)[:, None]
+    coefficients = (2 / nodes * (orders * angles).cos() @ values).tolist()
+    left = 0.0
+    count = nodes
+    while count > 2 and left + abs(coefficients[count - 1]) < tol:
+        count -= 1
+        left += abs(coefficients[count])
+    before, now = z, 2 / largest * gram(z) - z
+    total = coefficients[0] / 2 * before + coefficients[1] * now
+    for c in coefficients[2:count]:
+        before, now = now, 2 * (2 / largest * gram(now) - now) - before
+        total = total + c * now
+    return total
 
 
 def direct(x: Tensor) -> SolveReport:

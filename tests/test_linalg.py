@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from diffpost.linalg import ConvergenceWarning, cg, gmres
+from diffpost.linalg import ConvergenceWarning, cg, deflated, gmres
 
 F64 = torch.float64
 
@@ -225,3 +225,19 @@ def test_energy_norm_stops_each_entry_on_its_own():
     assert alone.iterations < report.iterations
     with pytest.raises(ValueError, match="share between 0 and 1"):
         cg(product(a), b, energy=0.0)
+
+
+@pytest.mark.parametrize("largest", [0.3, 0.9, 0.99])
+def test_the_root_of_what_is_left(largest):
+    basis, _ = torch.linalg.qr(rand(24, 24, seed=1))
+    values = largest * torch.linspace(0, 1, 24, dtype=torch.float64)
+    z = rand(5, 24, seed=2)
+
+    def gram(v):
+        return (v @ basis * values) @ basis.T
+
+    root = (z @ basis * (1 - values).sqrt()) @ basis.T
+    assert (deflated(gram, z, largest) - root).norm() < 1e-5 * z.norm()
+    assert (deflated(gram, z, largest, tol=1e-2) - root).norm() > 1e-5 * z.norm()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        deflated(gram, z, 1.0)

@@ -81,6 +81,27 @@ def test_gaussian(name):
     torch.testing.assert_close(draws.extras["trace_flux"][:, -1], draws.x.flatten(1).sum(1))
 
 
+@pytest.mark.parametrize("name", ["mask", "convolution", "matrix"])
+def test_the_default_coupling_leaves_the_posterior_as_it_is(name):
+    """The posterior itself at a finite coupling; the same chain, its coupling on top of the noise, is told apart."""
+    prior, like = problem(name)
+    model, n = Posterior(prior, like), 1000
+    reverse = DPMSolver(20, order=2, eta=1.0)
+    moves = 60 if name == "matrix" else 30
+    sampler = SplitGibbs(moves, first=3.0, reverse=reverse)
+    rho = sampler.prepared(model).room
+    a = like.operator.bind(SHAPE)(torch.eye(16, dtype=F64).reshape(-1, *SHAPE)).flatten(1)
+    whitened = a / like.noise.variance.expand(like.data_shape).reshape(-1).sqrt()
+    assert rho**2 * float(torch.linalg.matrix_norm(whitened, 2)) ** 2 == pytest.approx(
+        0.9, rel=0.03
+    )
+    draws = sample(model, n, sampler, seed=1, progress=False)
+    assert accepts(draws.x, *exact(prior, like, 0.0), 0.03)
+    on_top = SplitGibbs(moves, first=3.0, coupling=rho, reverse=reverse)
+    biased = sample(model, n, on_top, seed=1, progress=False).x
+    assert not accepts(biased, *exact(prior, like, 0.0), 0.03)
+
+
 def test_small_coupling_is_the_posterior():
     prior, like = problem("matrix")
     sampler = SplitGibbs(80, coupling=0.05, first=3.0, anneal=0.9)
@@ -164,6 +185,20 @@ def test_bad_arguments():
         lambda: SplitGibbs(8, coupling=0.5, first=0.1),
         lambda: SplitGibbs(8, coupling=0.5, anneal=1.0),
         lambda: sample(prior, 1, SplitGibbs(8, coupling=0.5), progress=False),
+        lambda: SplitGibbs(8).levels(SDE),
+        lambda: sample(Posterior(prior, squared), 1, SplitGibbs(8), progress=False),
+        lambda: sample(
+            Posterior(prior, Likelihood(like.y, like.operator, GaussianNoise(std=1e-4))),
+            1,
+            SplitGibbs(8),
+            progress=False,
+        ),
+        lambda: sample(
+            Posterior(prior, Likelihood(like.y, like.operator, GaussianNoise(weight=0.0))),
+            1,
+            SplitGibbs(8),
+            progress=False,
+        ),
         lambda: sample(Posterior(prior, squared), 1, SplitGibbs(8, coupling=0.5), progress=False),
         lambda: sample(Posterior(prior, like), 1, SplitGibbs(8, coupling=0.001), progress=False),
         lambda: sample(
