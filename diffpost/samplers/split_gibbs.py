@@ -139,13 +139,13 @@ class SplitGibbs(Chain):
         return last
 
     def prepared(self, model: ScoreModel) -> Sampler:
-        ready = super().prepared(model)
-        if self.coupling is None:
-            prior, likelihood = conditions(model, "SplitGibbs")
-            highest = prior.sde.nsr_range[1] if self.first is None else self.first
-            rho = min(math.sqrt(_SHARE / _sharpest(prior, likelihood)), highest)
-            return dataclasses.replace(ready, room=rho)
-        return ready
+        start = None if self.start is None else self.start.prepared(model)
+        if self.coupling is not None:
+            return dataclasses.replace(self, start=start)
+        prior, likelihood = conditions(model, "SplitGibbs")
+        highest = prior.sde.nsr_range[1] if self.first is None else self.first
+        rho = min(math.sqrt(_SHARE / _sharpest(prior, likelihood)), highest)
+        return dataclasses.replace(self, start=start, room=rho)
 
     def levels(self, sde: SDE) -> list[float]:
         lowest, highest = sde.nsr_range
