@@ -1,0 +1,83 @@
+"""The kernels as they are compiled ahead of time: with the types and sizes of ordinary launches.
+
+Tensors are float32 and aligned to 16 bytes, lengths multiples of 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffpost.kernels import group_norm_silu, sde_step
+from diffpost.kernels._compile import Case
+
+__all__ = ["cases"]
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    return [*_sde_step(), *_group_norm_silu()]
+
+
+def _sde_step() -> list[Case]:
+    """As launched for float32 images of a multiple of 16 elements."""
+    tensor, numbers = "*fp32:16", "*i64:16"
+    return [
+        Case(
+            f"sde_step{', guided' if guided else ''}",
+            sde_step._kernel,
+            {
+                "x": tensor,
+                "score": tensor,
+                "guidance": tensor,
+                "coefficients": tensor,
+                "ids": numbers,
+                "address": numbers,
+                "out": tensor,
+                "n": "i32:16",
+                "coefficient_stride": "i32",
+                "GUIDED": guided,
+                "BLOCK": sde_step._BLOCK,
+            },
+            sde_step._WARPS,
+            sde_step._BLOCK,
+        )
+        for guided in (True, False)
+    ]
+
+
+def _group_norm_silu() -> list[Case]:
+    """As launched for float32 and 4 channels in a group: one tile, and several, with and without extras."""
+    tensor, number = "*fp32:16", "i32:16"
+    made = []
+    for pixels in (32 * 32, 64 * 64):
+        for full in (True, False):
+            constants: dict[str, Any] = group_norm_silu._tiling(64, 16, pixels)
+            warps = constants.pop("num_warps")
+            kind = f"{'one tile' if constants['ONE'] else 'tiles'}{', residual and shift' if full else ''}"
+            elements = constants["CG"] * constants["TILE"]
+            numbers = {"channels": number, "groups": number, "pixels": number, "SCALE": 0.5}
+            pointers = ("x", "residual", "shift", "weight", "bias", "out", "total", "mean", "rstd")
+            forward = {"EPS": 1e-6, "RESIDUAL": full, "SHIFT": full, **numbers, **constants}
+            forward |= dict.fromkeys(pointers, tensor)
+            made.append(
+                Case(
+                    f"group_norm_silu forward, {kind}",
+                    group_norm_silu._forward,
+                    forward,
+                    warps,
+                    elements,
+                )
+            )
+            pointers = ("gradient", "passed", "x", "shift", "weight", "bias", "mean", "rstd")
+            backward = {"PASSED": full, "SHIFT": full, **numbers, **constants}
+            backward |= dict.fromkeys((*pointers, "out", "sums"), tensor)
+            made.append(
+                Case(
+                    f"group_norm_silu backward, {kind}",
+                    group_norm_silu._backward,
+                    backward,
+                    warps,
+                    elements,
+                )
+            )
+    return made

@@ -1,0 +1,231 @@
+"""The operations as torch sees them: opcheck, gradcheck, torch.compile, errors, and a life without triton."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffpost.kernels import KERNELS
+from diffpost.kernels import group_norm_silu as norm
+from diffpost.kernels import sde_step as sde
+
+FAST = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def compiled(function):
+    """Through Dynamo and AOTAutograd, where a custom operation can go wrong; no C++ compiler needed."""
+    torch.compiler.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+@pytest.fixture
+def draw():
+    generator = torch.Generator().manual_seed(7)
+
+    def drawn(*shape, dtype=torch.float64, grad=False):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+    return drawn
+
+
+# sde_step ----------------------------------------------------------------------------------------
+
+
+def step_arguments(draw, dtype, grad=False, guided=True):
+    x, score = (draw(2, 1, 3, 5, dtype=dtype, grad=grad) for _ in range(2))
+    guidance = draw(2, 1, 3, 5, dtype=dtype, grad=grad) if guided else None
+    coefficients = draw(2, 4, dtype=dtype)
+    return x, score, guidance, coefficients, torch.tensor([4, 5]), sde.address(1, 2, 3)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_sde_step_passes_opcheck(draw, guided):
+    arguments = step_arguments(draw, torch.float32, True, guided)
+    torch.library.opcheck(torch.ops.diffpost.sde_step.default, arguments, test_utils=FAST)
+    x, _, _, _, ids, address = arguments
+    torch.library.opcheck(torch.ops.diffpost.normal_at.default, (x.detach(), ids, address))
+
+
+def test_sde_step_passes_gradcheck(draw):
+    x, score, guidance, *rest = step_arguments(draw, torch.float64, True)
+    assert torch.autograd.gradcheck(lambda *t: sde.sde_step(*t, *rest), (x, score, guidance))
+    assert torch.autograd.gradcheck(lambda *t: sde.sde_step(*t, None, *rest), (x, score))
+
+
+def test_sde_step_is_its_reference_eager_and_compiled(draw):
+    arguments = step_arguments(draw, torch.float32)
+    expected = sde.reference(*arguments)
+    assert torch.equal(sde.sde_step(*arguments), expected)
+    torch.testing.assert_close(compiled(sde.sde_step)(*arguments), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sde_step_compiles_once_for_all_steps(draw):
+    """Coefficients and addresses are tensors, so that another step is not another graph."""
+    x, score, _, coefficients, ids, _ = step_arguments(draw, torch.float32)
+    function = compiled(sde.sde_step)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(4):
+            where = sde.address(9, step)
+            got = function(x, score, None, (step + 1) * coefficients, ids, where)
+            expected = sde.reference(x, score, None, (step + 1) * coefficients, ids, where)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"x": torch.zeros(2, 3, dtype=torch.bfloat16)}, "float32 or float64"),
+        ({"score": torch.zeros(2, 4)}, "got score of shape"),
+        ({"guidance": torch.zeros(2, 3).double()}, "got guidance"),
+        ({"coefficients": torch.zeros(3)}, "got coefficients"),
+        ({"ids": torch.zeros(2)}, "got ids"),
+        ({"address": torch.zeros(2, dtype=torch.int64)}, "got address"),
+    ],
+)
+def test_sde_step_says_what_is_wrong(change, match):
+    given = {
+        "x": torch.zeros(2, 3),
+        "score": torch.zeros(2, 3),
+        "guidance": None,
+        "coefficients": torch.zeros(4),
+        "ids": torch.tensor([0, 1]),
+        "address": sde.address(0, 0),
+    }
+    sde.sde_step(**given)
+    with pytest.raises(ValueError, match=match):
+        sde.sde_step(**{**given, **change})
+
+
+def test_sde_step_has_no_gradient_of_its_coefficients(draw):
+    x, score, _, coefficients, ids, where = step_arguments(draw, torch.float32)
+    with pytest.raises(ValueError, match="coefficients that require a gradient"):
+        sde.sde_step(x, score, None, coefficients.requires_grad_(), ids, where)
+
+
+@pytest.mark.parametrize("given", [(-1, 0, 0), (1 << 64, 0, 0), (0, 1 << 32, 0), (0, 0, 1 << 15)])
+def test_an_address_is_in_range(given):
+    with pytest.raises(ValueError, match="expected an integer in"):
+        sde.address(*given)
+
+
+# group_norm_silu ---------------------------------------------------------------------------------
+
+
+def norm_arguments(draw, dtype, grad=False, residual=True, shift=True):
+    x = draw(2, 6, 3, 5, dtype=dtype, grad=grad)
+    return (
+        x,
+        draw(2, 6, 3, 5, dtype=dtype, grad=grad) if residual else None,
+        draw(2, 6, dtype=dtype, grad=grad) if shift else None,
+        draw(6, dtype=dtype, grad=grad),
+        draw(6, dtype=dtype, grad=grad),
+        2,
+        1e-5,
+        0.7 if residual else 1.0,
+    )
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_group_norm_silu_passes_opcheck(draw, full):
+    arguments = norm_arguments(draw, torch.float32, True, full, full)
+    torch.library.opcheck(torch.ops.diffpost.group_norm_silu.default, arguments, test_utils=FAST)
+    x, _, shift, weight, bias, groups, _, scale = (
+        a.detach() if isinstance(a, torch.Tensor) else a for a in arguments
+    )
+    mean = torch.zeros(2, 2)
+    backward = (x, x if full else None, x, shift, weight, bias, mean, mean + 1, groups, scale)
+    torch.library.opcheck(torch.ops.diffpost.group_norm_silu_backward.default, backward)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("shift", [True, False])
+def test_group_norm_silu_passes_gradcheck(draw, residual, shift):
+    x, r, t, weight, bias, groups, eps, scale = norm_arguments(
+        draw, torch.float64, True, residual, shift
+    )
+
+    def function(*tensors):
+        given = iter(tensors)
+        x, weight, bias = next(given), next(given), next(given)
+        extra = {"residual": next(given)} if residual else {}
+        extra |= {"shift": next(given)} if shift else {}
+        out, total = norm.group_norm_silu(x, weight, bias, groups, eps, scale=scale, **extra)
+        return (out, total) if residual else out
+
+    tensors = [a for a in (x, weight, bias, r, t) if a is not None]
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+def test_group_norm_silu_is_its_reference_eager_and_compiled(draw):
+    x, r, t, weight, bias, groups, eps, scale = norm_arguments(draw, torch.float32)
+    extra = {"residual": r, "shift": t, "scale": scale}
+    expected = norm.reference(x, weight, bias, groups, eps, **extra)
+    for function in (norm.group_norm_silu, compiled(norm.group_norm_silu)):
+        got = function(x, weight, bias, groups, eps, **extra)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_group_norm_silu_is_the_block_of_score_models(draw):
+    """GroupNorm_0 after a rescaled skip connection, and GroupNorm_1 after the time embedding."""
+    x, h, t, weight, bias, groups, eps, _ = norm_arguments(draw, torch.float32)
+    layer = torch.nn.GroupNorm(groups, 6, eps)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    total = (x + h) / 1.41421356237
+    out, kept = norm.group_norm_silu(
+        x, weight, bias, groups, eps, residual=h, scale=1 / 1.41421356237
+    )
+    torch.testing.assert_close(kept, total)
+    torch.testing.assert_close(out, torch.nn.functional.silu(layer(total)))
+    out, _ = norm.group_norm_silu(x, weight, bias, groups, eps, shift=t)
+    torch.testing.assert_close(out, torch.nn.functional.silu(layer(x + t[..., None, None])))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"groups": 4}, "got 4 groups for 6 channels"),
+        ({"x": torch.zeros(2, 6)}, "expected \\(B, C, ...\\)"),
+        ({"weight": torch.zeros(5)}, "got weight of shape"),
+        ({"shift": torch.zeros(6)}, "got shift of shape"),
+        ({"residual": torch.zeros(2, 6, 3)}, "got residual of shape"),
+        ({"residual": torch.zeros(2, 6, 3, 3).half()}, "got a residual in"),
+    ],
+)
+def test_group_norm_silu_says_what_is_wrong(change, match):
+    given = {
+        "x": torch.zeros(2, 6, 3, 3),
+        "weight": torch.zeros(6),
+        "bias": torch.zeros(6),
+        "groups": 2,
+    }
+    norm.group_norm_silu(**given)
+    with pytest.raises(ValueError, match=match):
+        norm.group_norm_silu(**{**given, **change})
+
+
+# without triton ----------------------------------------------------------------------------------
+
+
+def test_everything_works_without_triton():
+    """The same process without the package: every module imports, and an operation is its reference."""
+    code = f"""
+import sys
+sys.modules["triton"] = None
+import importlib, torch
+from diffpost.kernels import _cases, _compile, sde_step
+for name in {KERNELS!r}:
+    importlib.import_module("diffpost.kernels." + name)
+x = torch.ones(2, 3)
+arguments = (x, x, None, torch.ones(4), torch.tensor([0, 1]), sde_step.address(0, 0))
+assert torch.equal(sde_step.sde_step(*arguments), sde_step.reference(*arguments))
+try:
+    _compile.inspect(_cases.cases()[0], "sm_90")
+except ValueError as error:
+    assert "needs triton" in str(error)
+else:
+    raise AssertionError("compiled without triton")
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "fine", done.stderr
