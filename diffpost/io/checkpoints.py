@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpost.io.atomic import replace_files
 from diffpost.io.score_models_folder import (
     is_score_models_folder,
     load_state,
@@ -119,7 +120,7 @@ def save_prior(
         raise ValueError(f"save_prior: the card is not plain JSON: {error}") from error
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace({folder / _WEIGHTS: weights, folder / _CARD: f"{text}\n".encode()})
+    replace_files({folder / _WEIGHTS: weights, folder / _CARD: f"{text}\n".encode()})
 
 
 def load_prior(
@@ -251,20 +252,3 @@ def _plain(value: float | Tensor) -> Any:
 
 def _affine(value: Any) -> float | Tensor:
     return torch.tensor(value) if isinstance(value, list) else float(value)
-
-
-def _replace(contents: dict[Path, bytes]) -> None:
-    """Write files through temporary ones beside them; none is replaced before all are written."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
-    try:
-        for path, content in contents.items():
-            with temporary[path].open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in contents:
-            os.replace(temporary[path], path)
-    except BaseException:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise

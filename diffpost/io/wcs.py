@@ -20,8 +20,9 @@ from astropy import units
 from astropy.io import fits
 from astropy.wcs import WCS, FITSFixedWarning
 from astropy.wcs.utils import proj_plane_pixel_scales
+from numpy.typing import NDArray
 
-__all__ = ["north_east", "pixel_scale", "regrid_header", "sky_to_pixel"]
+__all__ = ["north_east", "pixel_scale", "pixel_to_sky", "regrid_header", "sky_to_pixel"]
 
 
 def _wcs(header: fits.Header) -> WCS:
@@ -38,6 +39,17 @@ def pixel_scale(header: fits.Header) -> float | None:
         return None
     x, y = proj_plane_pixel_scales(wcs.celestial)
     return float(np.sqrt(x * y) * 3600)
+
+
+def pixel_to_sky(
+    header: fits.Header, x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """ICRS right ascension and declination (degrees) of zero-based pixels, None without a celestial WCS."""
+    wcs = _wcs(header)
+    if not wcs.has_celestial:
+        return None
+    sky = wcs.celestial.pixel_to_world(x, y).icrs
+    return np.asarray(sky.ra.deg), np.asarray(sky.dec.deg)
 
 
 def sky_to_pixel(header: fits.Header, ra: str | float, dec: str | float) -> tuple[float, float]:

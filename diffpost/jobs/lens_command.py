@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from diffpost.jobs.console import line
 from diffpost.jobs.options import hdu_of
 from diffpost.jobs.outputs import OutputFolder
 
@@ -63,7 +64,7 @@ def run_lens(
             batch_size=given["batch_size"],
             checkpoint=checkpoint,
             title=Path(given["image"]).name,
-            announce=lambda text: console.print(_line(text)),
+            announce=lambda text: console.print(line(text)),
         )
     except (ValueError, FileNotFoundError):
         _clear(folder, fresh)
@@ -78,12 +79,6 @@ def run_lens(
     )
     write_lens(folder, result, record)
     _report(console, result, folder.path)
-
-
-def _line(text: str) -> str:
-    if text.startswith("warning: "):
-        return f"[bold yellow]warning:[/bold yellow] {escape(text.removeprefix('warning: '))}"
-    return f"[dim]·[/dim] {escape(text)}"
 
 
 def _clear(folder: OutputFolder, fresh: bool) -> None:

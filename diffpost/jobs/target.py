@@ -21,7 +21,7 @@ from photutils.segmentation import deblend_sources, detect_sources
 from photutils.utils.exceptions import NoDetectionsWarning
 from scipy.ndimage import binary_dilation, gaussian_filter
 
-__all__ = ["Scene", "SkyNoise", "read_scene", "sky_noise"]
+__all__ = ["Scene", "SkyNoise", "find_sources", "read_scene", "sky_noise"]
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -77,18 +77,11 @@ def read_scene(data: Array, position: tuple[float, float], *, background: str = 
     """
     if background not in ("smooth", "constant", "none"):
         raise ValueError(f"got background = {background!r}; expected smooth, constant or none")
+    smooth = background == "smooth" and min(data.shape) >= 96
+    level, segments, sources = find_sources(data, background)
     bad = ~np.isfinite(data)
     filled = np.where(bad, float(np.nanmedian(data)), data)
     notes: list[str] = []
-    smooth = background == "smooth" and min(data.shape) >= 96
-    level = np.zeros_like(filled) if background == "none" else np.full_like(filled, _mode(data))
-    sources = np.zeros(data.shape, dtype=bool)
-    segments: NDArray[np.int_] = np.zeros(data.shape, dtype=int)
-    for _ in range(5):
-        segments = _detect(filled - level, bad, sources)
-        sources = binary_dilation(segments > 0, iterations=_GROW + 1)
-        if background != "none":
-            level = _background(data, bad | sources, level, smooth)
     blends = _deblend(filled - level, segments)
     ordered = _target_first(blends, filled - level, position)
     if background == "none":
@@ -105,14 +98,37 @@ def read_scene(data: Array, position: tuple[float, float], *, background: str = 
     return Scene(level, ordered, ~(sources | bad), tuple(notes))
 
 
+def find_sources(
+    data: Array, background: str = "smooth", widths: tuple[float, ...] = (_DETECT,)
+) -> tuple[Array, NDArray[np.int_], Mask]:
+    """Background (h, w), segments of what was detected, and the pixels near those, grown by 4.
+
+    data: (h, w), NaN where there is no data; background: as `read_scene`.
+    widths: of the Gaussians (pixels) in which sources are detected; the segments are those in the first.
+    """
+    bad = ~np.isfinite(data)
+    filled = np.where(bad, float(np.nanmedian(data)), data)
+    smooth = background == "smooth" and min(data.shape) >= 96
+    level = np.zeros_like(filled) if background == "none" else np.full_like(filled, _mode(data))
+    sources = np.zeros(data.shape, dtype=bool)
+    segments: NDArray[np.int_] = np.zeros(data.shape, dtype=int)
+    for _ in range(5):
+        found = [_detect(filled - level, bad, sources, width) for width in widths]
+        segments = found[0]
+        sources = binary_dilation(np.any([f > 0 for f in found], axis=0), iterations=_GROW + 1)
+        if background != "none":
+            level = _background(data, bad | sources, level, smooth)
+    return level, segments, sources
+
+
 def _mode(data: Array) -> float:
     """Sigma-clipped median of an image with sources on it."""
     clipped = SigmaClip(3, maxiters=10)(data[np.isfinite(data)], masked=False)
     return float(np.median(clipped))
 
 
-def _detect(residual: Array, bad: Mask, sources: Mask) -> NDArray[np.int_]:
-    smoothed = gaussian_filter(np.where(bad, 0.0, residual), _DETECT)
+def _detect(residual: Array, bad: Mask, sources: Mask, width: float) -> NDArray[np.int_]:
+    smoothed = gaussian_filter(np.where(bad, 0.0, residual), width)
     free = ~(sources | bad)
     if free.sum() < 20:
         return np.asarray(sources, dtype=int)
