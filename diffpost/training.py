@@ -244,7 +244,7 @@ class Trainer:
     # What comes out ------------------------------------------------------------------------------
 
     def prior(self, card: dict[str, Any] | None = None) -> NetworkScore:
-        """The averaged network as a score model, in network units."""
+        """The averaged network as a score model, in the units that the configuration's scale gives."""
         net = build_network(self.config.network)
         net.load_state_dict(self._averaged())
         crop = self.config.stages[-1].crop
@@ -253,6 +253,7 @@ class Trainer:
             sde_from_dict(self.config.sde),
             (self.crops.channels, crop, crop),
             self.config.sigma_data,
+            scale=self.config.scale,
             card={
                 **self.config.card,
                 **self._measured,
@@ -304,7 +305,7 @@ class Trainer:
             return
         crops = self.crops if self.heldout is None else self.heldout
         on = "training" if self.heldout is None else "held-out"
-        crop, prior = self.config.stages[-1].crop, self.prior()
+        crop, prior = self.config.stages[-1].crop, self.prior().with_affine(1.0, 0.0)
         if count := self.config.error_images:
             table = denoising_error(prior, crops.batch(0, count, crop))
             self._measured[ERROR_KEY] = {**table, "measured_on": f"{count} {on} crops"}
@@ -327,7 +328,7 @@ class Trainer:
         from diffpost.sample import sample
         from diffpost.samplers import DPMSolver
 
-        prior = self.prior().with_shape((self.crops.channels, crop, crop))
+        prior = self.prior().with_affine(1.0, 0.0).with_shape((self.crops.channels, crop, crop))
         draws = sample(
             prior,
             self.config.sample_images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,7 @@ class TrainConfig:
     noise: noise levels of the run, where a turn has none of its own.
     sde: the process that samples are drawn with, as `SDE.to_dict` writes it.
     sigma_data: standard deviation of the training pixels.
+    scale: of the prior that comes out, physical = scale * network; 1 leaves it in network units.
     ema: decay of the average of the weights, per step.
     warmup: steps of linear warm-up; decay_images: training images after which the learning rate falls
         as an inverse square root; cooldown: last share of the run in which it falls to zero.
@@ -111,6 +113,7 @@ class TrainConfig:
         default_factory=lambda: {"name": "EDM", "sigma_min": 0.002, "sigma_max": 80.0}
     )
     sigma_data: float = 0.5
+    scale: float = 1.0
     noise: NoiseLevels = field(default_factory=NoiseLevels)
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -142,6 +145,7 @@ class TrainConfig:
         "sample_images",
         "error_images",
         "reference_images",
+        "scale",
         "card",
         "init",
     )
@@ -165,6 +169,8 @@ class TrainConfig:
             )
         if not self.sigma_data > 0:
             raise ValueError(f"got sigma_data = {self.sigma_data}; expected a positive number")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"got scale = {self.scale}; expected a positive number")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

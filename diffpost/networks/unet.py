@@ -152,6 +152,14 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def receptive_field(self) -> int:
+        """Side in pixels of a square that holds all that an output pixel can see."""
+        sides = [self.patch * 2**level for level in range(len(self.config["widths"]))]
+        # a convolution of 3 sees one block of its level farther; there are two to a residual block, which go down and up
+        seen = sum(4 * n * side for n, side in zip(self.config["blocks"], sides, strict=True))
+        return 2 * (seen + 2 * sides[0] + sides[-1] - 1) + 1
+
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(
