@@ -77,4 +77,29 @@ BUDGETS: dict[str, dict[str, Budget]] = {
         "sm_90": Budget(112, 131.2, 24, 4, 10, 3),
         "gfx942": Budget(64, 207.2, 12, 2, 0, 3),
     },
+    "pixel_norm_silu forward, FiLM": {
+        "sm_80": Budget(56, 39.7, 8, 4, 0, 0),
+        "sm_90": Budget(56, 40.0, 8, 4, 0, 0),
+        "gfx942": Budget(40, 69.6, 6, 2, 0, 0),
+    },
+    "pixel_norm_silu forward": {
+        "sm_80": Budget(56, 38.0, 6, 4, 0, 0),
+        "sm_90": Budget(56, 38.3, 6, 4, 0, 0),
+        "gfx942": Budget(40, 63.9, 4, 2, 0, 0),
+    },
+    "pixel_norm_silu backward, FiLM": {
+        "sm_80": Budget(88, 66.1, 12, 4, 0, 2),
+        "sm_90": Budget(88, 66.8, 12, 4, 0, 2),
+        "gfx942": Budget(72, 117.4, 8, 2, 0, 2),
+    },
+    "pixel_norm_silu backward": {
+        "sm_80": Budget(88, 64.4, 10, 4, 0, 2),
+        "sm_90": Budget(88, 65.0, 10, 4, 0, 2),
+        "gfx942": Budget(64, 111.2, 6, 2, 0, 2),
+    },
+    "convolved_residual": {
+        "sm_80": Budget(72, 41.4, 10, 4, 1, 0),
+        "sm_90": Budget(72, 42.8, 10, 4, 1, 0),
+        "gfx942": Budget(56, 77.8, 5, 2, 0, 0),
+    },
 }

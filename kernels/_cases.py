@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffpost.kernels import group_norm_silu, sde_step
+from diffpost.kernels import convolved_residual, group_norm_silu, pixel_norm_silu, sde_step
 from diffpost.kernels._compile import Case
 
 __all__ = ["cases"]
 
+_TENSOR, _LENGTH = "*fp32:16", "i32:16"
+
 
 def cases() -> list[Case]:
     """All of them."""
-    return [*_sde_step(), *_group_norm_silu()]
+    return [*_sde_step(), *_group_norm_silu(), *_pixel_norm_silu(), *_convolved_residual()]
 
 
 def _sde_step() -> list[Case]:
     """As launched for float32 images of a multiple of 16 elements."""
-    tensor, numbers = "*fp32:16", "*i64:16"
+    tensor, numbers = _TENSOR, "*i64:16"
     return [
         Case(
             f"sde_step{', guided' if guided else ''}",
@@ -47,7 +49,7 @@ def _sde_step() -> list[Case]:
 
 def _group_norm_silu() -> list[Case]:
     """As launched for float32 and 4 channels in a group: one tile, and several, with and without extras."""
-    tensor, number = "*fp32:16", "i32:16"
+    tensor, number = _TENSOR, _LENGTH
     made = []
     for pixels in (32 * 32, 64 * 64):
         for full in (True, False):
@@ -81,3 +83,31 @@ def _group_norm_silu() -> list[Case]:
                 )
             )
     return made
+
+
+def _pixel_norm_silu() -> list[Case]:
+    """Images of 64 x 64 pixels of 64 channels."""
+    constants: dict[str, Any] = pixel_norm_silu._tiling(64, 64 * 64)
+    warps = constants.pop("num_warps")
+    made = []
+    for name in ("forward", "backward"):
+        for film in (True, False):
+            pointers = ["x", "weight", "bias", "film", "out"]
+            pointers += ["gradient", "sums"] if name == "backward" else []
+            arguments = dict.fromkeys(pointers, _TENSOR) | {"channels": _LENGTH, "pixels": _LENGTH}
+            arguments |= {"EPS": 1e-5, "FILM": film, **constants}
+            kernel = getattr(pixel_norm_silu, f"_{name}")
+            title = f"pixel_norm_silu {name}{', FiLM' if film else ''}"
+            made.append(
+                Case(title, kernel, arguments, warps, constants["ROWS"] * constants["WIDE"])
+            )
+    return made
+
+
+def _convolved_residual() -> list[Case]:
+    """An element is a complex number."""
+    block = convolved_residual._BLOCK
+    arguments = dict.fromkeys(("residual", "transfer", "power", "s", "out"), _TENSOR)
+    arguments |= {"n": _LENGTH, "CONJUGATE": False, "BLOCK": block}
+    kernel, warps = convolved_residual._kernel, convolved_residual._WARPS
+    return [Case("convolved_residual", kernel, arguments, warps, block)]

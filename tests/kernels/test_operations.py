@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from diffpost.kernels import KERNELS
+from diffpost.kernels import convolved_residual as whiten
 from diffpost.kernels import group_norm_silu as norm
+from diffpost.kernels import pixel_norm_silu as pixel
 from diffpost.kernels import sde_step as sde
 
 FAST = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -202,6 +204,148 @@ def test_group_norm_silu_says_what_is_wrong(change, match):
     norm.group_norm_silu(**given)
     with pytest.raises(ValueError, match=match):
         norm.group_norm_silu(**{**given, **change})
+
+
+# pixel_norm_silu ---------------------------------------------------------------------------------
+
+
+def pixel_arguments(draw, dtype, grad=False, film=True):
+    """x as (B, H, W, C), weight, bias, film."""
+    return (
+        draw(2, 3, 5, 6, dtype=dtype, grad=grad),
+        draw(6, dtype=dtype, grad=grad),
+        draw(6, dtype=dtype, grad=grad),
+        draw(2, 2, 6, dtype=dtype, grad=grad) if film else None,
+    )
+
+
+@pytest.mark.parametrize("film", [True, False])
+def test_pixel_norm_silu_passes_opcheck_and_gradcheck(draw, film):
+    arguments = (*pixel_arguments(draw, torch.float32, True, film), 1e-5)
+    torch.library.opcheck(torch.ops.diffpost.pixel_norm_silu.default, arguments, test_utils=FAST)
+    plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    operation = torch.ops.diffpost.pixel_norm_silu_backward.default
+    torch.library.opcheck(operation, (plain[0], *plain))
+
+    x, weight, bias, both = pixel_arguments(draw, torch.float64, True, film)
+    images = x.detach().permute(0, 3, 1, 2).requires_grad_()
+    tensors = (images, weight, bias, *(() if both is None else both.detach().unbind(1)))
+    tensors = tuple(t.detach().requires_grad_() for t in tensors)
+    assert torch.autograd.gradcheck(pixel.pixel_norm_silu, tensors)
+
+
+def test_pixel_norm_silu_is_what_the_unet_does(draw):
+    """Its normalisation with FiLM and SiLU, eager and compiled, and channels-last as it stores features."""
+    from diffpost.networks.unet import _PixelNorm
+
+    x = draw(2, 6, 3, 5, dtype=torch.float32).to(memory_format=torch.channels_last)
+    layer = _PixelNorm(6, 4)
+    for parameter in layer.parameters():
+        parameter.data = draw(*parameter.shape, dtype=torch.float32)
+    embedding = draw(2, 4, dtype=torch.float32)
+    with torch.no_grad():
+        gain, shift = layer.film(embedding).chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(layer(x, embedding))
+        for function in (pixel.pixel_norm_silu, pixel.reference, compiled(pixel.pixel_norm_silu)):
+            got = function(x, layer.weight, layer.bias, gain, shift)
+            torch.testing.assert_close(got, expected)
+            assert got.is_contiguous(memory_format=torch.channels_last)
+        plain = torch.nn.functional.silu(layer(x))
+        torch.testing.assert_close(pixel.pixel_norm_silu(x, layer.weight, layer.bias), plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"x": torch.zeros(2, 6, 3)}, "expected \\(B, C, H, W\\)"),
+        ({"x": torch.zeros(2, 3000, 1, 1)}, "at most 2048 channels"),
+        ({"weight": torch.zeros(5)}, "got weight"),
+        ({"gain": torch.zeros(2, 6)}, "one of gain and shift"),
+        ({"gain": torch.zeros(2, 6), "shift": torch.zeros(6)}, "got shift"),
+    ],
+)
+def test_pixel_norm_silu_says_what_is_wrong(change, match):
+    given = {"x": torch.zeros(2, 6, 3, 3), "weight": torch.zeros(6), "bias": torch.zeros(6)}
+    pixel.pixel_norm_silu(**given)
+    with pytest.raises(ValueError, match=match):
+        pixel.pixel_norm_silu(**{**given, **change})
+
+
+# convolved_residual ------------------------------------------------------------------------------
+
+
+def whitening_arguments(draw, dtype):
+    size = (2, 5, 4)
+    return (
+        torch.view_as_complex(draw(3, *size, 2, dtype=dtype)),
+        torch.view_as_complex(draw(*size, 2, dtype=dtype)),
+        draw(*size, dtype=dtype).exp(),
+        draw(3, dtype=dtype).exp(),
+    )
+
+
+def test_convolved_residual_passes_opcheck_and_gradcheck(draw):
+    r, a, q, s = whitening_arguments(draw, torch.float32)
+    pairs = [torch.view_as_real(r), torch.view_as_real(a), q, s]
+    operation = torch.ops.diffpost.convolved_residual.default
+    for conjugate in (False, True):
+        leaves = [p.clone().requires_grad_() for p in pairs]
+        torch.library.opcheck(operation, (*leaves, conjugate), test_utils=FAST)
+    for conjugate in (False, True):
+        tensors = [
+            torch.view_as_real(t) if t.is_complex() else t
+            for t in whitening_arguments(draw, torch.float64)
+        ]
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        # two times where it is linear: the gradient of r is the same operation
+        assert torch.autograd.gradcheck(lambda *t, c=conjugate: operation(*t, c), leaves)
+        assert torch.autograd.gradgradcheck(
+            lambda r, t=tensors, c=conjugate: operation(r, *t[1:], c), leaves[:1]
+        )
+
+
+def test_convolved_residual_is_the_score_of_a_dense_gaussian(draw):
+    """Periodic convolution and white noise: conj(a) r/(q + s |a|^2) is A^T (Q + s A A^T)^-1 r."""
+    h, w, std = 6, 5, 0.3
+    psf = torch.zeros(h, w, dtype=torch.float64)
+    psf[:2, :3] = draw(2, 3)
+    a = torch.fft.rfft2(psf)
+    image = torch.eye(h * w, dtype=torch.float64).reshape(-1, h, w)
+    matrix = torch.fft.irfft2(torch.fft.rfft2(image) * a, s=(h, w)).reshape(h * w, h * w).T
+    r = draw(2, 1, h, w)
+    s = torch.tensor([0.7, 2.0], dtype=torch.float64)
+    power = torch.full((1, *a.shape), std**2, dtype=torch.float64)
+    white = whiten.convolved_residual(torch.fft.rfft2(r), a[None], power, s)
+    got = torch.fft.irfft2(white, s=(h, w))
+    for b in range(2):
+        covariance = std**2 * torch.eye(h * w, dtype=torch.float64) + s[b] * matrix @ matrix.T
+        expected = matrix.T @ torch.linalg.solve(covariance, r[b].flatten())
+        torch.testing.assert_close(got[b].flatten(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_convolved_residual_is_its_reference_eager_and_compiled(draw):
+    arguments = whitening_arguments(draw, torch.float32)
+    expected = whiten.reference(*arguments)
+    torch.testing.assert_close(whiten.convolved_residual(*arguments), expected)
+    pairs = [torch.view_as_real(t) if t.is_complex() else t for t in arguments]
+    operation = compiled(lambda *t: torch.ops.diffpost.convolved_residual(*t, False))
+    torch.testing.assert_close(operation(*pairs), torch.view_as_real(expected))
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "match"),
+    [
+        (0, torch.zeros(3, 2, 5, 4), "complex64 or complex128"),
+        (1, torch.zeros(3, 2, 5, 4, dtype=torch.complex64), "got transfer"),
+        (2, torch.zeros(2, 5, 4, dtype=torch.float64), "got power"),
+        (3, torch.zeros(2), "got s of shape"),
+    ],
+)
+def test_convolved_residual_says_what_is_wrong(draw, place, wrong, match):
+    arguments = list(whitening_arguments(draw, torch.float32))
+    arguments[place] = wrong
+    with pytest.raises(ValueError, match=match):
+        whiten.convolved_residual(*arguments)
 
 
 # without triton ----------------------------------------------------------------------------------
