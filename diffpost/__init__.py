@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from diffpost import diagnostics, parameters, physics, plot
     from diffpost.diagnostics import chi2
     from diffpost.io.checkpoints import load_prior, save_prior
+    from diffpost.networks.optimization import optimize
     from diffpost.recommendation import Recommendation, recommend
 
 __all__ = [
@@ -120,6 +121,7 @@ __all__ = [
     "chi2",
     "diagnostics",
     "load_prior",
+    "optimize",
     "parameters",
     "physics",
     "plot",
@@ -134,6 +136,7 @@ _LATE = {
     "Recommendation": "recommendation",
     "chi2": "diagnostics",
     "load_prior": "io.checkpoints",
+    "optimize": "networks.optimization",
     "recommend": "recommendation",
     "save_prior": "io.checkpoints",
 }
