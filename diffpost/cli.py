@@ -6,24 +6,18 @@ Exit codes: 0 done; 2 bad input or nothing may be written, told on stderr, nothi
 
 from __future__ import annotations
 
-import contextlib
-import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffpost.jobs import options
-from diffpost.jobs.options import Inference, hdu_of
-
-if TYPE_CHECKING:
-    from diffpost.jobs.outputs import OutputFolder
+from diffpost.jobs import imaging_command, noise_commands, options
+from diffpost.jobs.console import bad_input, console, keeping
+from diffpost.jobs.options import Inference, hdu_of, plain
 
 __all__ = ["app", "main"]
 
@@ -44,6 +38,8 @@ app = typer.Typer(
         "does your own: [i]m51/summary.png[/i] is the picture, [i]m51/samples.fits[/i] the draws.\n\n"
         "[green]diffpost lens lens.fits --psf psf.fits --noise rms.fits --model lens.yaml --out lens[/green]  "
         "reconstructs the source behind a gravitational lens, and the lens.\n\n"
+        "[green]diffpost image target.uvfits --cell 0.03 --size 64 --out target[/green]  images the visibilities of an "
+        "interferometer.\n\n"
         "[green]diffpost calibrate --operator psf:1.5 --noise-std 0.03 --out check[/green]  tests whether the "
         "draws' scatter may be believed, for your prior, PSF and noise.\n\n"
         "[green]diffpost info galaxies-64[/green]  says what the prior has seen and what it should not "
@@ -51,27 +47,6 @@ app = typer.Typer(
     ),
     epilog="Exit codes: 0 done, 2 bad input (nothing written over), 130 interrupted (--resume goes on).",
 )
-
-_INTERRUPTED = 130
-_BAD_INPUT = 2
-
-
-def _console(stderr: bool = False) -> Console:
-    # Made when needed: the streams may have been replaced, as tests do.
-    return Console(stderr=stderr, soft_wrap=True, highlight=False)
-
-
-@contextlib.contextmanager
-def _bad_input() -> Iterator[None]:
-    """What the user can mend ends with one paragraph and exit code 2, not with a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if isinstance(error, OSError) and error.filename and str(error.filename) not in text:
-            text = f"{text}: {error.filename}"
-        _console(stderr=True).print(f"[bold red]error:[/bold red] {escape(text)}")
-        raise typer.Exit(_BAD_INPUT) from error
 
 
 def _version(wanted: bool) -> None:
@@ -133,8 +108,8 @@ def deconvolve(
     scale: options.Scale = None,
 ) -> None:
     """Posterior samples of the image behind IMAGE: blur and noise taken out, uncertainty kept."""
-    arguments = {key: _plain(value) for key, value in locals().items()}
-    with _bad_input():
+    arguments = {key: plain(value) for key, value in locals().items()}
+    with bad_input():
         _one_of(noise=noise, noise_std=noise_std, weight=weight)
         target: dict[str, Any] = {
             "cutout": None if cutout is None else _parse_cutout(cutout),
@@ -188,8 +163,8 @@ def demo(
     """
     from diffpost.jobs.demo import demo_target
 
-    arguments = {key: _plain(value) for key, value in locals().items() if key != "demo_target"}
-    with _bad_input():
+    arguments = {key: plain(value) for key, value in locals().items() if key != "demo_target"}
+    with bad_input():
         chosen = demo_target(target)
         _run(
             chosen.image,
@@ -245,7 +220,7 @@ def calibrate(
     interrupted, and goes on with --resume.
     """
     given = dict(locals())
-    with _bad_input():
+    with bad_input():
         from diffpost.jobs.calibration import CalibrationPlan, run_calibration
         from diffpost.jobs.outputs import OutputFolder
 
@@ -253,9 +228,9 @@ def calibrate(
         folder.check(overwrite=overwrite, resume=resume)
         places = ("out", "resume", "overwrite")
         plan = CalibrationPlan(**{name: v for name, v in given.items() if name not in places})
-        arguments = {name: _plain(value) for name, value in given.items()}
-        with _keeping(folder):
-            run_calibration(plan, folder, _console(), sys.argv, arguments, resume=resume)
+        arguments = {name: plain(value) for name, value in given.items()}
+        with keeping(folder):
+            run_calibration(plan, folder, console(), sys.argv, arguments, resume=resume)
 
 
 @app.command(
@@ -310,7 +285,7 @@ def lens(
     own light is fitted where the file has a section `light`; otherwise it must have been subtracted from IMAGE.
     """
     given = dict(locals())
-    with _bad_input():
+    with bad_input():
         from diffpost.jobs.lens_command import run_lens
         from diffpost.jobs.outputs import OutputFolder
 
@@ -319,9 +294,12 @@ def lens(
         folder.check(overwrite=overwrite, resume=resume)
         if cutout is not None:
             given["cutout"] = _parse_cutout(cutout)
-        arguments = {name: _plain(value) for name, value in given.items()}
-        with _keeping(folder):
-            run_lens(given, folder, _console(), sys.argv, arguments, resume=resume)
+        arguments = {name: plain(value) for name, value in given.items()}
+        with keeping(folder):
+            run_lens(given, folder, console(), sys.argv, arguments, resume=resume)
+
+
+app.command(epilog=imaging_command.IMAGE_HELP)(imaging_command.image)
 
 
 @app.command()
@@ -335,8 +313,8 @@ def info(
     from diffpost.io.checkpoints import load_prior
     from diffpost.jobs.report import readable
 
-    console = _console()
-    with _bad_input():
+    screen = console()
+    with bad_input():
         model = load_prior(prior)
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold cyan", no_wrap=True)
@@ -353,7 +331,7 @@ def info(
         if key == "training" and isinstance(value, dict) and not config:
             value = {k: v for k, v in value.items() if k != "config"}
         table.add_row(escape(str(key)), escape(readable(value)))
-    console.print(table)
+    screen.print(table)
 
 
 @app.command(
@@ -382,9 +360,13 @@ def train(
     from diffpost.jobs.train import train_config
     from diffpost.training import train as train_prior
 
-    with _bad_input():
+    with bad_input():
         train_prior(train_config(data, config, seed), out, device=device)
-    _console().print(f"The prior is in [bold]{escape(str(out / 'prior'))}[/bold].")
+    console().print(f"The prior is in [bold]{escape(str(out / 'prior'))}[/bold].")
+
+
+app.command(epilog=noise_commands.HARVEST_HELP)(noise_commands.harvest)
+app.command("train-noise", epilog=noise_commands.TRAIN_NOISE_HELP)(noise_commands.train_noise)
 
 
 # The job ----------------------------------------------------------------------------------------
@@ -403,7 +385,7 @@ def _run(
 ) -> None:
     from diffpost.jobs.outputs import OutputFolder
 
-    console = _console()
+    screen = console()
     folder = OutputFolder(out)
     folder.check(overwrite=inference.overwrite, resume=inference.resume)
 
@@ -417,9 +399,9 @@ def _run(
     model = load(inference.prior)
     setup = set_up(prepare(image, psf, noise, **target), model)
     for note in setup.problem.notes:
-        console.print(f"[dim]·[/dim] {escape(note)}")
+        screen.print(f"[dim]·[/dim] {escape(note)}")
     prepared = time.perf_counter() - start
-    with _keeping(folder):
+    with keeping(folder):
         checkpoint = folder.start(resume=inference.resume)
         result = solve(
             setup,
@@ -430,7 +412,7 @@ def _run(
             checkpoint=checkpoint,
             prepared=prepared,
             title=title,
-            announce=lambda text: console.print(f"[dim]·[/dim] {escape(text)}"),
+            announce=lambda text: screen.print(f"[dim]·[/dim] {escape(text)}"),
         )
         inputs = {"image": str(image), "psf": str(psf)}
         for name, path in (("noise", noise), ("weight", target.get("weight"))):
@@ -440,24 +422,7 @@ def _run(
             result, command=sys.argv, arguments=arguments, inputs=inputs, prior=inference.prior
         )
         folder.write(result, record)
-    report(console, result, folder.path)
-
-
-@contextlib.contextmanager
-def _keeping(folder: OutputFolder) -> Iterator[None]:
-    """A full disk or an interruption ends with what is kept, and how to go on from it."""
-    try:
-        yield
-    except OSError as error:
-        raise folder.explain(error) from None
-    except KeyboardInterrupt:
-        kept = f"what is finished is kept in {folder.partial}"
-        command = shlex.join(["diffpost", *(a for a in sys.argv[1:] if a != "--resume")])
-        _console(stderr=True).print(
-            f"\n[bold yellow]interrupted:[/bold yellow] {escape(kept)}; go on with\n  "
-            f"{escape(command)} --resume"
-        )
-        raise typer.Exit(_INTERRUPTED) from None
+    report(screen, result, folder.path)
 
 
 def _one_of(**noises: Any) -> None:
@@ -475,12 +440,6 @@ def _parse_cutout(text: str) -> tuple[float, float, int]:
         raise ValueError(
             f"cannot read --cutout {text!r}; expected x,y,size in pixels, such as 512,480,64"
         ) from None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def main() -> None:

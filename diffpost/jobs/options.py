@@ -1,4 +1,4 @@
-"""The options of `diffpost deconvolve`, `diffpost demo` and `diffpost calibrate`, each told once."""
+"""The options of the commands, each told once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, final
 
 import typer
 
-__all__ = ["BATCH", "DRAWS", "PRIOR", "Inference", "hdu_of"]
+__all__ = ["BATCH", "DRAWS", "PRIOR", "Inference", "hdu_of", "plain"]
 
 PRIOR = "galaxies-64"
 DRAWS = 16
@@ -41,6 +41,13 @@ class Inference:
 def hdu_of(text: str | None) -> int | str | None:
     """The HDU by its number or its name."""
     return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def plain(value: Any) -> Any:
+    """An option as a JSON value."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _option(*names: str, panel: str | None = None, **settings: Any) -> Any:
@@ -276,5 +283,94 @@ Fixed = Annotated[
         "--fixed",
         help="Hold every lens parameter at the median of its prior: the source alone.",
         panel="Lens",
+    ),
+]
+
+# image ------------------------------------------------------------------------------------------
+
+Visibilities = Annotated[
+    Path,
+    typer.Argument(
+        help="UVFITS file, measurement set, or table of u, v, re, im, weight.", show_default=False
+    ),
+]
+Cell = Annotated[
+    float, _option(help="Side of a pixel, arcsec.", show_default=False, panel="Target")
+]
+ImageSize = Annotated[
+    int,
+    _option(
+        "--size",
+        help="Pixels on a side: a multiple of the prior's stride, at most twice its own.",
+        show_default=False,
+        panel="Target",
+    ),
+]
+PhaseOffset = Annotated[
+    str | None,
+    _option(
+        "--center",
+        metavar="DX,DY",
+        help="Middle of the image, arcsec to the east and north of the phase centre.",
+        panel="Target",
+    ),
+]
+PrimaryBeam = Annotated[
+    float | None,
+    _option(
+        help="Full width at half power of the antennas' beam, arcsec; 0: none; default: the file's.",
+        panel="Target",
+    ),
+]
+ImageScale = Annotated[
+    float | None,
+    _option(
+        "--scale",
+        help="Jy per pixel that the prior calls 1; default: inferred by the rule in its card.",
+        panel="Target",
+    ),
+]
+VisFormat = Annotated[
+    str | None,
+    _option("--format", help="uvfits, ms, table or visilens; default: told apart.", panel="Data"),
+]
+VisField = Annotated[
+    str | None, _option("--field", help="Target, name or number from 0.", panel="Data")
+]
+Spw = Annotated[
+    str | None, _option("--spw", help="Spectral windows (IFs) from 0, such as 0,2.", panel="Data")
+]
+Stokes = Annotated[
+    str,
+    _option(
+        help="I (both parallel hands), pseudoI (one may stand for both), RR, LL, XX or YY.",
+        panel="Data",
+    ),
+]
+UvUnit = Annotated[
+    str | None, _option(help="Of a table: wavelength or m (with --frequency).", panel="Data")
+]
+Frequency = Annotated[float | None, _option(help="Hz, of a table without it.", panel="Data")]
+Conjugate = Annotated[
+    bool,
+    _option(
+        "--conjugate",
+        help="The file has the other sign than its format: the image is upside down and mirrored.",
+        panel="Data",
+    ),
+]
+Average = Annotated[
+    str | None,
+    _option(
+        metavar="SECONDS[,CHANNELS]",
+        help="Average over so long and so many channels; the smearing is bounded and told.",
+        panel="Data",
+    ),
+]
+Recalibrate = Annotated[
+    str | None,
+    _option(
+        help="Weights by the scatter of neighbouring times: common (one factor) or baseline (one each).",
+        panel="Noise",
     ),
 ]
