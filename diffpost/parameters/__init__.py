@@ -29,6 +29,7 @@ from diffpost.parameters.evidence import Evidence, ImageGivenParameters
 from diffpost.parameters.family import OperatorFamily, ParametricLikelihood
 from diffpost.parameters.gaussian import GaussianImage
 from diffpost.parameters.hmc import HMC
+from diffpost.parameters.modelled import ModelledData
 from diffpost.parameters.modes import Modes, find_modes, laplace_covariance
 from diffpost.parameters.prior import ParameterPrior, nearest
 from diffpost.parameters.priors import Circular, LogNormal, Normal, Prior, Uniform
@@ -49,6 +50,7 @@ __all__ = [
     "Kernel",
     "LogDensity",
     "LogNormal",
+    "ModelledData",
     "Modes",
     "Normal",
     "OperatorFamily",

@@ -96,7 +96,8 @@ class ParametricLikelihood:
     def __init__(self, y: Tensor, family: OperatorFamily, noise: Noise) -> None:
         if not has_gaussian_noise(noise):
             raise ValueError(
-                f"ParametricLikelihood: got {noise!r}; expected Gaussian noise, whose covariance the chains use."
+                f"ParametricLikelihood: got {noise!r}; expected Gaussian noise, whose covariance the chains use. "
+                "Parameters alone, without an image, have any noise by ModelledData."
             )
         self.family = family
         self.noise = noise

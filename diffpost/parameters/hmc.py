@@ -74,6 +74,8 @@ class HMC(Kernel[HMCState]):
     """Hamiltonian Monte Carlo with a learned step size and mass matrix.
 
     Exact in the limit of many moves, for a target that is smooth. A move costs ``leapfrogs`` densities with gradients.
+    A target with a method ``log_ratio(z, z')`` (:class:`ModelledData <diffpost.parameters.modelled.ModelledData>`) is tested
+    by that, and its ``log_prob`` is right but for a constant of each chain.
 
     Args:
         draws, warmup, group: as :class:`Kernel <diffpost.parameters.chains.Kernel>`; what is learned is learned by each group.
@@ -177,6 +179,10 @@ class HMC(Kernel[HMCState]):
             value, gradient = value_and_gradient(log_density, z)
             alive = alive & value.isfinite() & gradient.isfinite().all(1)
             momentum = half + 0.5 * eps * _times(root.mT, gradient)
+        ratio = getattr(log_density, "log_ratio", None)
+        if ratio is not None:  # of a score, whose density is known by differences alone
+            value = state.log_prob + ratio(state.z, z)
+            alive = alive & value.isfinite()
         gain = value - state.log_prob + 0.5 * (first.square() - momentum.square()).sum(1)
         gain = torch.where(alive & gain.isfinite(), gain, -math.inf)
         accepted = metropolis(gain, u[:, 1])
