@@ -120,6 +120,7 @@ def prepare_imaging(
     conjugate: bool = False,
     average: tuple[float, int] | None = None,
     recalibrate: str | None = None,
+    systematic: float = 0.0,
     primary_beam: float | None = None,
     scale: float | None = None,
 ) -> ImagingProblem:
@@ -133,6 +134,7 @@ def prepare_imaging(
     form, stokes, field, spw, uv_unit, frequency, conjugate: as for `diffpost.io.uv.read_visibilities`.
     average: (seconds, channels) to average over; None for not.
     recalibrate: "common" divides the weights by one factor measured from neighbours in time, "baseline" by one a baseline.
+    systematic: error of each visibility as a share of its amplitude, from calibration, added to its noise as if independent.
     primary_beam: full width at half power, arcsec; 0 for none; None for the file's, if it tells one.
     scale: Jy per pixel that the prior calls 1.
 
@@ -155,6 +157,10 @@ def prepare_imaging(
         data = read_visibilities(
             vis, form, stokes=stokes, field=field, spw=spw, uv_unit=uv_unit, frequency=frequency, conjugate=conjugate,
         )  # fmt: skip
+    if not (math.isfinite(systematic) and systematic >= 0):
+        raise ValueError(
+            f"got a systematic error of {systematic}; expected a share of the amplitude, 0 or more"
+        )
     east, north = center
     grid = Grid(size, cell, centre=(-float(east), float(north)))
     field_of_view = size * cell
@@ -176,6 +182,11 @@ def prepare_imaging(
     if average is not None:
         data, smearing = averaged(data, seconds=average[0], channels=average[1], radius=radius)
         report["averaging"] = {"before": smearing.before, "after": smearing.after, "largest_loss": smearing.largest}  # fmt: skip
+    if systematic > 0:
+        variance = 1 / data.weight + (systematic * np.abs(data.vis)) ** 2
+        data = replace(data, weight=1 / variance).told(
+            f"a systematic error of {systematic:.2%} of each amplitude was added to its noise"
+        )
     width = data.primary_beam if primary_beam is None else (primary_beam or None)
     beam = None if width is None else _gaussian(grid, width)
     report["primary_beam"] = width

@@ -33,7 +33,17 @@ IMAGE_HELP = (
     "(docs/interferometry.md)."
 )
 
-_SAME = ("cell", "size", "stokes", "uv_unit", "frequency", "conjugate", "recalibrate", "scale")
+_SAME = (
+    "cell",
+    "size",
+    "stokes",
+    "uv_unit",
+    "frequency",
+    "conjugate",
+    "recalibrate",
+    "systematic",
+    "scale",
+)
 
 
 def image(
@@ -58,6 +68,7 @@ def image(
     conjugate: options.Conjugate = False,
     average: options.Average = None,
     recalibrate: options.Recalibrate = None,
+    systematic: options.Systematic = 0.0,
     primary_beam: options.PrimaryBeam = None,
     scale: options.ImageScale = None,
 ) -> None:

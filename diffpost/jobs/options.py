@@ -374,3 +374,10 @@ Recalibrate = Annotated[
         panel="Noise",
     ),
 ]
+Systematic = Annotated[
+    float,
+    _option(
+        help="Error of calibration as a share of each amplitude, added to the noise; 0.01 to 0.03 suits self-calibrated VLBI.",
+        panel="Noise",
+    ),
+]
