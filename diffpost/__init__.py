@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from diffpost import diagnostics, parameters, physics, plot
     from diffpost.diagnostics import chi2
     from diffpost.io.checkpoints import load_prior, save_prior
+    from diffpost.io.noise_models import load_noise
     from diffpost.networks.optimization import optimize
     from diffpost.recommendation import Recommendation, recommend
 
@@ -120,6 +121,7 @@ __all__ = [
     "__version__",
     "chi2",
     "diagnostics",
+    "load_noise",
     "load_prior",
     "optimize",
     "parameters",
@@ -135,6 +137,7 @@ _MODULES = ("diagnostics", "parameters", "physics", "plot")
 _LATE = {
     "Recommendation": "recommendation",
     "chi2": "diagnostics",
+    "load_noise": "io.noise_models",
     "load_prior": "io.checkpoints",
     "optimize": "networks.optimization",
     "recommend": "recommendation",

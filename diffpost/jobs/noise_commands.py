@@ -23,8 +23,7 @@ HARVEST_HELP = (
 TRAIN_NOISE_HELP = (
     "[bold]Example[/bold]\n\n"
     "[green]diffpost train-noise stamps --out runs/noise[/green]\n\n"
-    "then [green]dp.LearnedNoise(dp.load_prior('runs/noise/prior'))[/green], or [green]diffpost deconvolve ... "
-    "--noise-model runs/noise/prior[/green]. A killed run goes on with the same command; [green]diffpost info "
+    "then [green]dp.load_noise('runs/noise/prior', unit='MJy/sr')[/green] is the noise of a likelihood. A killed run goes on with the same command; [green]diffpost info "
     "runs/noise/prior[/green] shows what was found (docs/noise.md)."
 )
 

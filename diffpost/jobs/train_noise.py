@@ -256,6 +256,8 @@ def train_noise(
 ) -> NetworkScore:
     """Train a noise model, or continue the run in ``out``; the model is in ``out``/prior.
 
+    ``out``/stamps holds what the network sees, train.npy and heldout.npy, and fields.npy, the field of each stamp held out.
+
     Args:
         stamps: of at least two fields.
         out: folder of the run.
@@ -279,7 +281,8 @@ def train_noise(
             announce(text)
     folder = Path(out) / "stamps"
     config = noise_config(data, folder, settings, images=images, seed=seed)
-    _keep(folder, {"train.npy": data.train, "heldout.npy": data.heldout}, Path(out))
+    arrays = {"train": data.train, "heldout": data.heldout, "fields": data.heldout_fields}
+    _keep(folder, arrays, Path(out))
     model = train(config, out, device=device, progress=progress)
     seen = int(model.card["training"]["images_seen"])
     if seen < sum(stage.images for stage in config.stages):
@@ -301,14 +304,14 @@ def train_noise(
     return final
 
 
-def _keep(folder: Path, arrays: dict[str, NDArray[np.float32]], out: Path) -> None:
+def _keep(folder: Path, arrays: dict[str, NDArray[Any]], out: Path) -> None:
     """Write the arrays, or see that those that are there are the same."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {}
     for name, array in arrays.items():
         packed = io.BytesIO()
         np.save(packed, array)
-        contents[folder / name] = packed.getvalue()
+        contents[folder / f"{name}.npy"] = packed.getvalue()
     for path, content in contents.items():
         if path.exists() and path.read_bytes() != content:
             raise ValueError(

@@ -167,6 +167,14 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     learned = dp.LearnedNoise(loaded)
     assert float(learned.variance) ** 0.5 == pytest.approx(data.std)
     assert learned.blur == pytest.approx(0.1 * data.std)
+    path = tmp_path / "cut" / "prior"
+    assert float(dp.load_noise(path, unit="MJy sr-1").variance) == pytest.approx(data.std**2)
+    assert float(dp.load_noise(path, std=3.0, steps=8).variance) == pytest.approx(9.0)
+    for match, options in (("data are in 'Jy'", {"unit": "Jy"}), ("positive", {"std": -1.0})):
+        with pytest.raises(ValueError, match=match):
+            dp.load_noise(path, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not a model of noise"):
+        dp.load_noise("galaxies-32")
     with pytest.raises(ValueError, match="other stamps"):
         train_noise(stamps(each=13), tmp_path / "cut", settings=TINY, progress=False)
 
