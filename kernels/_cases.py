@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffpost.kernels import convolved_residual, group_norm_silu, pixel_norm_silu, sde_step
+from diffpost.kernels import (
+    convolved_residual,
+    group_norm_silu,
+    pixel_norm_silu,
+    ray_shoot,
+    sde_step,
+)
 from diffpost.kernels._compile import Case
 
 __all__ = ["cases"]
@@ -17,7 +23,13 @@ _TENSOR, _LENGTH = "*fp32:16", "i32:16"
 
 def cases() -> list[Case]:
     """All of them."""
-    return [*_sde_step(), *_group_norm_silu(), *_pixel_norm_silu(), *_convolved_residual()]
+    return [
+        *_sde_step(),
+        *_group_norm_silu(),
+        *_pixel_norm_silu(),
+        *_convolved_residual(),
+        *_ray_shoot(),
+    ]
 
 
 def _sde_step() -> list[Case]:
@@ -40,7 +52,7 @@ def _sde_step() -> list[Case]:
                 "GUIDED": guided,
                 "BLOCK": sde_step._BLOCK,
             },
-            sde_step._WARPS,
+            sde_step._THREADS,
             sde_step._BLOCK,
         )
         for guided in (True, False)
@@ -54,7 +66,7 @@ def _group_norm_silu() -> list[Case]:
     for pixels in (32 * 32, 64 * 64):
         for full in (True, False):
             constants: dict[str, Any] = group_norm_silu._tiling(64, 16, pixels)
-            warps = constants.pop("num_warps")
+            threads = group_norm_silu._threads(constants)
             kind = f"{'one tile' if constants['ONE'] else 'tiles'}{', residual and shift' if full else ''}"
             elements = constants["CG"] * constants["TILE"]
             numbers = {"channels": number, "groups": number, "pixels": number, "SCALE": 0.5}
@@ -66,7 +78,7 @@ def _group_norm_silu() -> list[Case]:
                     f"group_norm_silu forward, {kind}",
                     group_norm_silu._forward,
                     forward,
-                    warps,
+                    threads,
                     elements,
                 )
             )
@@ -78,7 +90,7 @@ def _group_norm_silu() -> list[Case]:
                     f"group_norm_silu backward, {kind}",
                     group_norm_silu._backward,
                     backward,
-                    warps,
+                    threads,
                     elements,
                 )
             )
@@ -88,7 +100,7 @@ def _group_norm_silu() -> list[Case]:
 def _pixel_norm_silu() -> list[Case]:
     """Images of 64 x 64 pixels of 64 channels."""
     constants: dict[str, Any] = pixel_norm_silu._tiling(64, 64 * 64)
-    warps = constants.pop("num_warps")
+    threads = pixel_norm_silu._threads(constants)
     made = []
     for name in ("forward", "backward"):
         for film in (True, False):
@@ -99,7 +111,7 @@ def _pixel_norm_silu() -> list[Case]:
             kernel = getattr(pixel_norm_silu, f"_{name}")
             title = f"pixel_norm_silu {name}{', FiLM' if film else ''}"
             made.append(
-                Case(title, kernel, arguments, warps, constants["ROWS"] * constants["WIDE"])
+                Case(title, kernel, arguments, threads, constants["ROWS"] * constants["WIDE"])
             )
     return made
 
@@ -109,5 +121,26 @@ def _convolved_residual() -> list[Case]:
     block = convolved_residual._BLOCK
     arguments = dict.fromkeys(("residual", "transfer", "power", "s", "out"), _TENSOR)
     arguments |= {"n": _LENGTH, "CONJUGATE": False, "BLOCK": block}
-    kernel, warps = convolved_residual._kernel, convolved_residual._WARPS
-    return [Case("convolved_residual", kernel, arguments, warps, block)]
+    kernel, threads = convolved_residual._kernel, convolved_residual._THREADS
+    return [Case("convolved_residual", kernel, arguments, threads, block)]
+
+
+def _ray_shoot() -> list[Case]:
+    """One channel; an element is a ray of one pass. The source is gathered, which no access can be wide for."""
+    block, threads = ray_shoot._BLOCK, ray_shoot._THREADS
+    pointers = ("source", "params", "rays_x", "rays_y", "setting")
+    lengths = {"n": _LENGTH, "height": _LENGTH, "width": _LENGTH}
+    arguments = dict.fromkeys(pointers, _TENSOR) | lengths
+    arguments |= dict.fromkeys(("channels", "rays", "tiles"), "i32")
+    arguments |= {"CP": 1, "BLOCK": block}
+    forward = arguments | {"out": _TENSOR}
+    made = [Case("ray_shoot forward", ray_shoot._forward, forward, threads, block)]
+    block = ray_shoot._BLOCK_BACKWARD
+    arguments |= dict.fromkeys(("gradient", "units", "to_params"), _TENSOR) | {"BLOCK": block}
+    for fixed, params in ((True, True), (False, True), (True, False)):
+        backward = arguments | {"SOURCE": True, "PARAMS": params, "FIXED": fixed}
+        backward["to_source"] = "*i64:16" if fixed else _TENSOR
+        what = "source and parameters" if params else "source"
+        title = f"ray_shoot backward, {what}{', deterministic' if fixed else ''}"
+        made.append(Case(title, ray_shoot._backward, backward, threads, block))
+    return made

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from diffpost.kernels._runtime import INTERPRETED, triton
+from diffpost.kernels._runtime import INTERPRETED, triton, warps
 
 __all__ = ["TARGETS", "Budget", "Case", "Resources", "faults", "inspect"]
 
@@ -38,14 +38,14 @@ class Case:
         kernel: from `jit`.
         arguments: by name, a type ("*fp32" for a pointer, "i32", "fp32"; ":16" after it for divisible
             by 16), or the value of a constexpr.
-        warps: of a program, 32 threads each (64 on AMD).
+        threads: of a program.
         elements: that a program (or one pass of its loop) works on.
     """
 
     name: str
     kernel: Any
     arguments: Mapping[str, Any]
-    warps: int
+    threads: int
     elements: int
 
 
@@ -106,8 +106,7 @@ def inspect(case: Case, target: str) -> Resources:
     nvidia = target.startswith("sm_")
     compiled = _compile(case, target, nvidia)
     read = _nvidia if nvidia else _amd
-    threads = case.warps * (32 if nvidia else 64)
-    return read(target, compiled, threads / case.elements)
+    return read(target, compiled, case.threads / case.elements)
 
 
 def faults(found: Resources, budget: Budget) -> list[str]:
@@ -153,7 +152,9 @@ def _compile(case: Case, target: str, nvidia: bool) -> Any:
             attributes[(i,)] = [["tt.divisibility", int(divisor)]]
     source = ASTSource(case.kernel, signature, constants, attributes)
     where = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    return triton.compile(source, target=where, options={"num_warps": case.warps})
+    return triton.compile(
+        source, target=where, options={"num_warps": warps(case.threads, where.warp_size)}
+    )
 
 
 def _nvidia(target: str, compiled: Any, share: float) -> Resources:
@@ -173,7 +174,7 @@ def _nvidia(target: str, compiled: Any, share: float) -> Resources:
     code = [name for name in found if name.split(".")[0] != "NOP"]
     loads = [name for name in code if name.startswith(("LDG.", "LD.E"))]
     stores = [name for name in code if name.startswith(("STG.", "ST.E"))]
-    atomics = [name for name in code if name.startswith(("ATOM", "RED."))]
+    atomics = [name for name in code if re.match(r"ATOM|RED(?!UX)", name)]
     return Resources(
         target=target,
         registers=numbers["REG"],

@@ -7,14 +7,14 @@ differs from the one on the CPU by the rounding of a few products, and its integ
 The logarithm of u = (w + 1/2)/2^32 is needed with a small *relative* error also where u is next to 1,
 since the radius of a normal is its root. There 1 - u = (not w + 1/2)/2^32 is exact while u is not.
 
-Polynomials of log(1 + f), tan^-1 and tanh^-1: Cephes (Moshier 1989), logf, atanf and atanhf.
+Polynomials of log(1 + f), sine, cosine, tan^-1 and tanh^-1: Cephes (Moshier 1989), logf, sinf, atanf, atanhf.
 """
 
 from __future__ import annotations
 
 from diffpost.kernels._runtime import jit, tl
 
-__all__ = ["atan", "atanh", "normal_pair", "philox4x32"]
+__all__ = ["atan", "atanh", "normal_pair", "philox4x32", "sincos"]
 
 
 @jit
@@ -68,6 +68,31 @@ def _radius(w):
 
 
 @jit
+def _quarter(x):
+    """Sine and cosine for |x| <= pi/4."""
+    z = x * x
+    s = -1.9515295891e-4 * z + 8.3321608736e-3
+    s = (s * z - 1.6666654611e-1) * z * x + x
+    c = 2.443315711809948e-5 * z - 1.388731625493765e-3
+    c = (c * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    return s, c
+
+
+@jit
+def sincos(x):
+    """Sine and cosine of angles of at most some thousand turns, float32."""
+    turn = tl.floor(x * 0.6366197723675814 + 0.5)
+    s, c = _quarter(
+        ((x - turn * 1.5703125) - turn * 4.837512969970703125e-4) - turn * 7.549789948768648e-8
+    )
+    quadrant = turn.to(tl.int32)
+    odd = (quadrant & 1) != 0
+    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
+    sine = tl.where((quadrant & 2) != 0, -sine, sine)
+    return sine, tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
+
+
+@jit
 def normal_pair(w, v):
     """Box and Muller's two normals, radius from word w and angle from word v, float32."""
     radius = _radius(w)
@@ -75,11 +100,7 @@ def normal_pair(w, v):
     quadrant = (v + tl.full(v.shape, 0x20000000, tl.uint32)) >> 30
     rest = (v - (quadrant << 30)).to(tl.int32, bitcast=True)
     x = rest.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
-    z = x * x
-    s = -1.9515295891e-4 * z + 8.3321608736e-3
-    s = (s * z - 1.6666654611e-1) * z * x + x
-    c = 2.443315711809948e-5 * z - 1.388731625493765e-3
-    c = (c * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    s, c = _quarter(x)
     odd = (quadrant & 1) != 0
     cosine = tl.where(odd, s, c)
     sine = tl.where(odd, c, s)

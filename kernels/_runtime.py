@@ -28,6 +28,7 @@ __all__ = [
     "tl",
     "triton",
     "triton_op",
+    "warps",
     "wrap_triton",
 ]
 
@@ -76,3 +77,10 @@ def blocks(n: int, block: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest that is at least n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def warps(threads: int, lanes: int | None = None) -> int:
+    """Of a program of so many threads: AMD's have 64 lanes, NVIDIA's 32."""
+    if lanes is None:
+        lanes = 64 if torch.version.hip else 32
+    return max(1, threads // lanes)

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from diffpost.kernels._model import Cost
-from diffpost.kernels._runtime import blocks, jit, runs_kernel, tl, triton_op, wrap_triton
+from diffpost.kernels._runtime import blocks, jit, runs_kernel, tl, triton_op, warps, wrap_triton
 
 __all__ = ["convolved_residual", "cost", "reference"]
 
 _BLOCK = 1024  # complex numbers of a program
-_WARPS = 4
+_THREADS = 128
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
@@ -120,7 +120,7 @@ def _convolved_residual(
         n,
         CONJUGATE=conjugate,
         BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        num_warps=warps(_THREADS),
     )
     return out
 

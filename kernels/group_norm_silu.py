@@ -23,7 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffpost.kernels._model import Cost
-from diffpost.kernels._runtime import jit, power_of_two, runs_kernel, tl, triton_op, wrap_triton
+from diffpost.kernels._runtime import (
+    jit,
+    power_of_two,
+    runs_kernel,
+    tl,
+    triton_op,
+    warps,
+    wrap_triton,
+)
 
 __all__ = ["cost", "group_norm_silu", "reference"]
 
@@ -81,16 +89,15 @@ def reference(
     """The same in plain torch."""
     total = x if residual is None else x + residual
     total = total if scale == 1.0 else scale * total
-    value = total if shift is None else total + _wide(shift, x.ndim)
+    value = total if shift is None else total + shift[(..., *(None,) * (x.ndim - 2))]
     return F.silu(F.group_norm(value, groups, weight, bias, eps)), total
 
 
 def cost(shape: tuple[int, ...], itemsize: int = 4, residual: bool = False) -> tuple[Cost, Cost]:
     """Of a forward and of a backward on (B, C, ...); a group larger than a tile counts once."""
     n = math.prod(shape)
-    moved = 2 * n * itemsize
-    forward = Cost(2 * moved if residual else moved, 14 * n)
-    return forward, Cost((4 if residual else 3) * n * itemsize, 30 * n)
+    forward, backward = (4, 4) if residual else (2, 3)
+    return Cost(forward * n * itemsize, 14 * n), Cost(backward * n * itemsize, 30 * n)
 
 
 @jit
@@ -290,8 +297,11 @@ def _tiling(channels: int, groups: int, pixels: int) -> dict[str, int | bool]:
     """Constants of a launch: channels and pixels of a tile as powers of two, and whether one tile is all."""
     wide = power_of_two(channels // groups)
     tile = max(16, min(power_of_two(pixels), _TILE // wide))
-    warps = min(16, max(1, wide * tile // (32 * _EACH)))
-    return {"CG": wide, "TILE": tile, "ONE": pixels <= tile, "num_warps": warps}
+    return {"CG": wide, "TILE": tile, "ONE": pixels <= tile}
+
+
+def _threads(tiling: dict[str, int | bool]) -> int:
+    return min(512, max(32, tiling["CG"] * tiling["TILE"] // _EACH))
 
 
 @triton_op("diffpost::group_norm_silu")
@@ -309,7 +319,7 @@ def _group_norm_silu(
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not runs_kernel(x):
         total = x if residual is None else scale * (x + residual)
-        value = total if shift is None else total + _wide(shift, x.ndim)
+        value = total if shift is None else total + shift[(..., *(None,) * (x.ndim - 2))]
         grouped = value.reshape(len(x), groups, -1)
         grouped = grouped if x.dtype == torch.float64 else grouped.float()
         variance, mean = torch.var_mean(grouped, -1, correction=0)
@@ -325,6 +335,7 @@ def _group_norm_silu(
         return out, total, mean, rstd
     channels = x.shape[1]
     pixels = x.numel() // (len(x) * channels)
+    tiling = _tiling(channels, groups, pixels)
     wrap_triton(_forward)[(len(x) * groups,)](
         x,
         x if residual is None else residual.contiguous(),
@@ -342,7 +353,8 @@ def _group_norm_silu(
         SCALE=scale,
         RESIDUAL=residual is not None,
         SHIFT=shift is not None,
-        **_tiling(channels, groups, pixels),
+        **tiling,
+        num_warps=warps(_threads(tiling)),
     )
     return out, total, mean, rstd
 
@@ -386,6 +398,7 @@ def _group_norm_silu_backward(
         return out, sums.zero_()
     pixels = x.numel() // (len(x) * channels)
     x = x.contiguous()
+    tiling = _tiling(channels, groups, pixels)
     wrap_triton(_backward)[(len(x) * groups,)](
         gradient.contiguous(),
         x if passed is None else passed.contiguous(),
@@ -403,7 +416,8 @@ def _group_norm_silu_backward(
         SCALE=scale,
         PASSED=passed is not None,
         SHIFT=shift is not None,
-        **_tiling(channels, groups, pixels),
+        **tiling,
+        num_warps=warps(_threads(tiling)),
     )
     return out, sums
 
@@ -449,10 +463,6 @@ def _gradients(ctx, gradient, passed, *_):
 _group_norm_silu.register_autograd(_gradients, setup_context=_setup)
 
 
-def _wide(shift: Tensor, ndim: int) -> Tensor:
-    return shift.reshape(*shift.shape, *(1,) * (ndim - 2))
-
-
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -477,10 +487,11 @@ def _check(
         ("shift", shift, (batch, channels)),
         ("residual", residual, tuple(x.shape)),
     ):
-        if given is not None and (tuple(given.shape) != shape or given.device != x.device):
+        if given is None:
+            continue
+        wrong = name == "residual" and given.dtype != x.dtype
+        if wrong or tuple(given.shape) != shape or given.device != x.device:
             raise ValueError(
-                f"group_norm_silu: got {name} of shape {tuple(given.shape)} on {given.device}; expected "
-                f"{shape} on {x.device}"
+                f"group_norm_silu: got {name} of shape {tuple(given.shape)}, {given.dtype} on {given.device}; "
+                f"expected {shape} like x, {x.dtype} on {x.device}"
             )
-    if residual is not None and residual.dtype != x.dtype:
-        raise ValueError(f"group_norm_silu: got a residual in {residual.dtype}; expected {x.dtype}")

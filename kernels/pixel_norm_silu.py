@@ -27,6 +27,7 @@ from diffpost.kernels._runtime import (
     runs_kernel,
     tl,
     triton_op,
+    warps,
     wrap_triton,
 )
 
@@ -191,7 +192,11 @@ def _tiling(channels: int, pixels: int) -> dict[str, int]:
     """Constants of a launch: pixels and channels of a program as powers of two."""
     wide = power_of_two(channels)
     rows = max(1, min(power_of_two(pixels), _TILE // wide))
-    return {"ROWS": rows, "WIDE": wide, "num_warps": min(8, max(1, rows * wide // (32 * _EACH)))}
+    return {"ROWS": rows, "WIDE": wide}
+
+
+def _threads(tiling: dict[str, int]) -> int:
+    return min(256, max(32, tiling["ROWS"] * tiling["WIDE"] // _EACH))
 
 
 @triton_op("diffpost::pixel_norm_silu")
@@ -217,6 +222,7 @@ def _pixel_norm_silu(
         EPS=eps,
         FILM=film is not None,
         **tiling,
+        num_warps=warps(_threads(tiling)),
     )
     return out
 
@@ -262,6 +268,7 @@ def _pixel_norm_silu_backward(
         EPS=eps,
         FILM=film is not None,
         **tiling,
+        num_warps=warps(_threads(tiling)),
     )
     return out, sums.sum(1)
 

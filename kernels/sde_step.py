@@ -20,12 +20,12 @@ from torch import Tensor
 from diffpost import random
 from diffpost.kernels._math import normal_pair, philox4x32
 from diffpost.kernels._model import Cost
-from diffpost.kernels._runtime import blocks, jit, runs_kernel, tl, triton_op, wrap_triton
+from diffpost.kernels._runtime import blocks, jit, runs_kernel, tl, triton_op, warps, wrap_triton
 
 __all__ = ["address", "cost", "reference", "sde_step"]
 
 _BLOCK = 1024
-_WARPS = 4
+_THREADS = 128
 _MASK = (1 << 64) - 1
 
 
@@ -181,7 +181,7 @@ def _sde_step(
         coefficients.stride(0),
         GUIDED=guided,
         BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        num_warps=warps(_THREADS),
     )
     return out
 

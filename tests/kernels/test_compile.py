@@ -49,17 +49,17 @@ def _add_atomically(x, out, BLOCK: tl.constexpr):
     tl.atomic_add(out + place % 16, tl.load(x + place))
 
 
-def _pointers(kernel, block, warps, length=None, divisor=":16"):
+def _pointers(kernel, block, threads, length=None, divisor=":16"):
     arguments = {"x": f"*fp32{divisor}", "out": f"*fp32{divisor}", "BLOCK": block}
     if length is not None:
         arguments["n"] = length
-    return Case(kernel.__name__, kernel, arguments, warps, block)
+    return Case(kernel.__name__, kernel, arguments, threads, block)
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_stack_of_a_cosine_is_refused(target):
     """Range reduction of large arguments: no spill, but a stack in local memory."""
-    found = inspect(_pointers(_cosine, 1024, 4), target)
+    found = inspect(_pointers(_cosine, 1024, 128), target)
     wrong = faults(found, GENEROUS)
     assert found.stack > 0 and any("stack" in line for line in wrong)
     assert any("local" in line for line in wrong)
@@ -69,7 +69,7 @@ def test_the_stack_of_a_cosine_is_refused(target):
 def test_spills_are_refused(target):
     """512 values a thread do not fit into registers."""
     lanes = 32 if target in NVIDIA else 64
-    wrong = faults(inspect(_pointers(_hoard, 512 * lanes, 1), target), GENEROUS)
+    wrong = faults(inspect(_pointers(_hoard, 512 * lanes, lanes), target), GENEROUS)
     assert any("spill" in line for line in wrong)
 
 
@@ -84,15 +84,15 @@ def _hoard(x, out, BLOCK: tl.constexpr):
 def test_narrow_accesses_are_refused(target):
     """A length that is not known to be divisible by 16 makes every access scalar."""
     budget = Budget(64, 100, 1, 1, 0, 0)
-    assert not faults(inspect(_pointers(_copy, 1024, 4, "i32:16"), target), budget)
-    wrong = faults(inspect(_pointers(_copy, 1024, 4, "i32"), target), budget)
+    assert not faults(inspect(_pointers(_copy, 1024, 128, "i32:16"), target), budget)
+    wrong = faults(inspect(_pointers(_copy, 1024, 128, "i32"), target), budget)
     assert {"128-bit loads", "128-bit stores"} <= {line.split(" = ")[0] for line in wrong}
     assert any(line.startswith("narrow_loads") for line in wrong)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_registers_and_instructions_above_the_budget_are_refused(target):
-    found = inspect(_pointers(_copy, 1024, 4, "i32:16"), target)
+    found = inspect(_pointers(_copy, 1024, 128, "i32:16"), target)
     exact = Budget(found.registers, found.instructions, found.loads, found.stores, 0, 0)
     assert not faults(found, exact)
     for name in ("registers", "instructions"):
@@ -102,13 +102,13 @@ def test_registers_and_instructions_above_the_budget_are_refused(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_float_atomics_are_seen(target):
-    found = inspect(_pointers(_add_atomically, 1024, 4), target)
+    found = inspect(_pointers(_add_atomically, 1024, 128), target)
     assert found.float_atomics > 0
-    assert inspect(_pointers(_copy, 1024, 4, "i32:16"), target).atomics == 0
+    assert inspect(_pointers(_copy, 1024, 128, "i32:16"), target).atomics == 0
 
 
 def test_bad_input_says_what_is_wrong():
     with pytest.raises(ValueError, match="sm_80"):
-        inspect(_pointers(_cosine, 1024, 4), "h100")
+        inspect(_pointers(_cosine, 1024, 128), "h100")
     with pytest.raises(ValueError, match="the kernel takes"):
-        inspect(_pointers(_copy, 1024, 4), "sm_80")
+        inspect(_pointers(_copy, 1024, 128), "sm_80")
