@@ -441,7 +441,9 @@ def write_uvfits(
         axes[4], axes[5] = ("RA", 0.0, 1.0), ("DEC", 0.0, 1.0)
     for i, (name, value, step) in enumerate(axes, start=2):
         header[f"CTYPE{i}"], header[f"CRVAL{i}"], header[f"CDELT{i}"], header[f"CRPIX{i}"] = name, value, step, 1.0  # fmt: skip
-    header["BUNIT"], header["OBJECT"] = "JY", data.target or "unknown"
+    header["BUNIT"] = "JY"
+    if data.target:
+        header["OBJECT"] = data.target
     header["EQUINOX"] = 2000.0
     if data.frequency is None:
         header["NOFREQ"] = (True, "not known, FREQ is nominal")

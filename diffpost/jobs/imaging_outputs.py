@@ -143,7 +143,8 @@ def amplitude_bins(result: ImagingResult) -> dict[str, NDArray[np.float64]]:
     """Amplitude against the length of the baseline, in bins of as many visibilities each.
 
     distance: weighted mean, wavelengths. data, model: root of the weighted mean of |V|^2, of the data less what noise adds, which may
-    leave nothing (0). error: standard error of the data's. noise: what noise alone would have. chi2: reduced, of the residual.
+    leave nothing (0). error: standard error of the data's. noise: of a coherent mean over the bin, (2/sum w)^1/2. chi2: reduced, of the
+    residual.
     """
     data = result.problem.data
     order = np.argsort(data.distance, kind="stable")

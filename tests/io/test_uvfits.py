@@ -94,7 +94,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     bare = VisibilityData(data.u, data.v, data.vis, data.weight)
     write_uvfits(bare, path, overwrite=True)
     again = read_visibilities(path)
-    assert (again.frequency, again.ra, again.time) == (None, None, None)
+    assert (again.frequency, again.ra, again.time, again.target) == (None, None, None, "")
     np.testing.assert_allclose(again.vis, data.vis, rtol=3e-15)
     assert not list(tmp_path.glob(".*"))
 
