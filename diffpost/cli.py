@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from diffpost.jobs import imaging_command, noise_commands, options
+from diffpost.jobs import bench_command, imaging_command, noise_commands, options
 from diffpost.jobs.console import bad_input, console, keeping
 from diffpost.jobs.options import Inference, hdu_of, plain
 
@@ -367,6 +367,7 @@ def train(
 
 app.command(epilog=noise_commands.HARVEST_HELP)(noise_commands.harvest)
 app.command("train-noise", epilog=noise_commands.TRAIN_NOISE_HELP)(noise_commands.train_noise)
+app.command()(bench_command.bench)
 
 
 # The job ----------------------------------------------------------------------------------------
