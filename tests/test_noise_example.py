@@ -1,0 +1,80 @@
+"""examples/learned_noise.py: its galaxies are what they are said to be, and the whole of it runs on a small noise model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from diffpost.io.stamps import Stamps
+from diffpost.jobs.train_noise import train_noise
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "learned_noise.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("learned_noise_example", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_disc_has_its_flux_its_place_and_half_of_it_within_its_radius(script: ModuleType) -> None:
+    values = {"flux": 100.0, "radius": 4.0, "q": 1.0, "x": 1.5, "y": -2.0}
+    seen = script.disc({k: torch.tensor([v]) for k, v in values.items()})[0, 0].double()
+    axis = torch.arange(32) - 15.5
+    total = float(seen.sum())
+    assert total == pytest.approx(100, rel=0.05)  # an exponential's tail leaves 32 pixels
+    assert float((seen.sum(0) * axis).sum() / total) == pytest.approx(1.5, abs=0.1)
+    assert float((seen.sum(1) * axis).sum() / total) == pytest.approx(-2.0, abs=0.15)
+    r = torch.hypot(axis[:, None] + 2.0, axis - 1.5)
+    assert float(seen[r < 4.0].sum()) / 100 == pytest.approx(
+        0.5, abs=0.05
+    )  # the PSF takes some out
+    assert float(seen[r < 2.5].sum()) / 100 < 0.4
+
+
+@pytest.mark.slow
+def test_the_example_runs_and_finds_white_noise_in_correlated_noise_too_sure(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = np.random.default_rng(1).normal(size=(60, 64, 64))
+    k = np.fft.fftfreq(64)
+    x = np.fft.ifft2(np.fft.fft2(w) / (1 + 40 * (k[:, None] ** 2 + k**2))).real
+    stamps = Stamps.of(x / x.std(), np.repeat([f"f{i}" for i in range(5)], 12))
+    settings = {
+        "network": {"kind": "unet", "patch": 2, "widths": [8], "blocks": [1], "embedding": 8},
+        "stages": [{"images": 512, "crop": 32, "batch": 32}],
+        "validate_images": 16,
+    }
+    train_noise(
+        stamps,
+        tmp_path / "run",
+        settings=settings,
+        heldout=["f1", "f2"],
+        per_field=True,
+        progress=False,
+    )
+    asked = ["--sims", "20", "--draws", "4", "--warmup", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["learned_noise.py", f"toy={tmp_path / 'run'}", *asked])
+    script.main()
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["toy"]
+    assert (tmp_path / "out" / "learned_noise.png").stat().st_size > 10_000
+    assert set(found["likeness"]["fields"]) == {"f1", "f2"}
+    of = found["inference"]
+    # error of the flux over its stated error bar: far too small for the diagonal Gaussian
+    diagonal, fitted = (
+        of[name]["rms_error"][0] / of[name]["mean_std"][0]
+        for name in ("diagonal Gaussian", "Gaussian, fitted power")
+    )
+    assert diagonal > 1.5 * fitted
+    assert of["SLIC"]["score_evaluations"] > 0
