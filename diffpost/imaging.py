@@ -231,7 +231,7 @@ def fitted_likelihood(problem: ImagingProblem) -> Likelihood:
         return problem.likelihood()
     from diffpost.physics import compress
 
-    return compress(problem.likelihood(torch.float64)).to(dtype=torch.float32)
+    return compress(problem.likelihood(torch.float64))
 
 
 def solve_imaging(
