@@ -93,5 +93,5 @@ class ModelledData:
                 return (self.noise.log_prob(last) - self.noise.log_prob(first)).to(start) + step
             wrong = ~last.flatten(1).isfinite().all(1)
             last = torch.where(wrong.reshape(-1, *[1] * (last.ndim - 1)), first, last)
-            gain, _ = self.noise.log_ratio(first, last)  # type: ignore[attr-defined]
+            gain, _ = self.noise.log_ratio(first, last)
             return torch.where(wrong, -torch.inf, gain.to(start)) + step
