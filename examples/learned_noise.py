@@ -180,7 +180,7 @@ def infer(
         "SLIC": dp.LearnedNoise(model.with_affine(1.0), nodes=5),
     }
     rows = y.repeat_interleave(chains, 0)
-    out: dict[str, Any] = {"sims": sims, "draws": draws * chains, "evaluations": {}}
+    out: dict[str, Any] = {"sims": sims, "draws": draws * chains}
     # every likelihood starts from the second's posterior in the Gaussian approximation
     surrogate = noises["Gaussian, fitted power"]
     begin = ModelledData(rows, disc, surrogate, PRIOR, batched=True)

@@ -64,7 +64,7 @@ def test_the_example_runs_and_finds_white_noise_in_correlated_noise_too_sure(
         per_field=True,
         progress=False,
     )
-    asked = ["--sims", "20", "--draws", "4", "--warmup", "2", "--out", str(tmp_path / "out")]
+    asked = ["--sims", "40", "--draws", "4", "--warmup", "3", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["learned_noise.py", f"toy={tmp_path / 'run'}", *asked])
     script.main()
     found = json.loads((tmp_path / "out" / "results.json").read_text())["toy"]
