@@ -220,6 +220,9 @@ def near_solve(
     joint = _rank_one(linear, noise, input_shape, data_shape, power, exactly=False)
     if joint is not None:
         return joint
+    weight, gram = noise.weight(), linear.near_gram(input_shape, power)
+    if weight is not None and gram is not None:
+        return Elementwise(gram * weight.to(gram.device))
     if len(data_shape) < 2:
         return None
     height, width = data_shape[-2:]

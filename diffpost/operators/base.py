@@ -192,6 +192,18 @@ class LinearOperator(Operator):
         """
         return None
 
+    def near_gram(self, input_shape: Shape, power: Tensor | None = None) -> Tensor | None:
+        """The diagonal of A P A^T where that is a good stand-in for it, to precondition solves, or None.
+
+        Args:
+            input_shape: of one image.
+            power: eigenvalues of P under the FFT2 of the image, broadcastable to (B, *input_shape); None is 1.
+
+        Returns:
+            Not negative, broadcastable to the data (B, *data).
+        """
+        return None
+
     def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
         """h with A x = h x in Fourier space away from edges, for images of one channel and any
         number of data.

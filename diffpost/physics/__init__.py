@@ -9,6 +9,7 @@ from diffpost.physics.fixed_lens import FixedLens
 from diffpost.physics.grid import Grid, SkyFrame
 
 if TYPE_CHECKING:
+    from diffpost.physics.compression import compress
     from diffpost.physics.critical import caustic_curves, critical_curves, jacobian, magnification
     from diffpost.physics.lens_family import LensFamily
     from diffpost.physics.lens_light import LensLight
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from diffpost.physics.lensing import Lens, SourceGridWarning
     from diffpost.physics.light_model import LightModel
     from diffpost.physics.ray_tracing import LensParameter
+    from diffpost.physics.visibilities import NormalOperator, Visibilities, w_phase
 
 __all__ = [
     "FixedLens",
@@ -26,16 +28,20 @@ __all__ = [
     "LensModel",
     "LensParameter",
     "LightModel",
+    "NormalOperator",
     "SkyFrame",
     "SourceGridWarning",
+    "Visibilities",
     "caustic_curves",
+    "compress",
     "critical_curves",
     "jacobian",
     "magnification",
     "read_lens_model",
+    "w_phase",
 ]
 
-# These need caustics, which is imported when one of them is first asked for.
+# These need caustics, or finufft, which is imported when one of them is first asked for.
 _LATE = {
     "Lens": "lensing",
     "LensFamily": "lens_family",
@@ -43,12 +49,16 @@ _LATE = {
     "LensModel": "lens_model",
     "LensParameter": "ray_tracing",
     "LightModel": "light_model",
+    "NormalOperator": "visibilities",
     "SourceGridWarning": "lensing",
+    "Visibilities": "visibilities",
     "caustic_curves": "critical",
+    "compress": "compression",
     "critical_curves": "critical",
     "jacobian": "critical",
     "magnification": "critical",
     "read_lens_model": "lens_model",
+    "w_phase": "visibilities",
 }
 
 

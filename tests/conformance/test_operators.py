@@ -122,6 +122,23 @@ else:
     }  # fmt: skip
     LENSES = {"Lens", "FixedLens"}
 
+try:
+    import finufft  # noqa: F401
+except ImportError:  # so are visibilities
+    VISIBILITIES = set()
+else:
+    from diffpost.physics import Grid, SkyFrame, Visibilities
+
+    U, V = rand(2, 9, seed=5) * 2e5
+    TURNED = Grid((4, 6), 0.1, centre=(0.1, 0.0), sky=SkyFrame(0.0, 0.0, 30.0))
+    CASES |= {
+        "sky": (Visibilities(U, V, Grid(5, 0.1)), (1, 5, 5)),
+        "sky through a beam": (Visibilities(U, V, TURNED, lambda r: torch.exp(-r)), (1, 4, 6)),
+        "sky normal": (Visibilities(U, V, TURNED).normal(torch.ones(9)), (1, 4, 6)),
+        "sky in channels": (Visibilities(U.reshape(3, 3), V.reshape(3, 3), TURNED), (1, 4, 6)),
+    }
+    VISIBILITIES = {"Visibilities", "NormalOperator"}
+
 NONLINEAR = {
     "square": (Square(), (1, 4, 6)),
     "outside": (Square() @ Convolve(rand(3, 3)), (1, 4, 6)),
@@ -410,4 +427,4 @@ def test_every_exported_operator_is_in_the_suite():
         for cls in (Affine, Compose, Convolve, Crop, Diagonal, Fourier, Identity, Mask, Matrix)
     } | {cls.__name__ for cls in (NonlinearScaled, PixelBin, Scaled, Stack, Sum)}
     expected |= {"NonlinearCompose", "NonlinearSum", "NonlinearStack", "Linearized"}
-    assert expected | LENSES <= seen
+    assert expected | LENSES | VISIBILITIES <= seen
