@@ -337,8 +337,10 @@ class NormalOperator(LinearOperator):
         (ny, nx) = self.grid.shape
         size = (2 * ny, 2 * nx)
         seen = x if self._beam is None else x * self._beam.like(x)
-        full = torch.fft.irfft2(torch.fft.rfft2(seen, s=size) * self._spectrum.like(x), s=size)
-        part = full[..., :ny, :nx]
+        # half of the rows are zero on the way in, and not wanted on the way out
+        modes = torch.fft.fft(torch.fft.rfft(seen, n=size[1]), n=size[0], dim=-2)
+        rows = torch.fft.ifft(modes * self._spectrum.like(x), dim=-2)[..., :ny, :]
+        part = torch.fft.irfft(rows, n=size[1])[..., :nx]
         return part if self._beam is None else part * self._beam.like(x)
 
     def adjoint(self, v: Tensor) -> Tensor:
