@@ -139,9 +139,9 @@ class SplitGibbs(Chain):
         return last
 
     def prepared(self, model: ScoreModel) -> Sampler:
-        start = None if self.start is None else self.start.prepared(model)
         if self.coupling is not None:
-            return dataclasses.replace(self, start=start)
+            return super().prepared(model)
+        start = None if self.start is None else self.start.prepared(model)
         prior, likelihood = conditions(model, "SplitGibbs")
         highest = prior.sde.nsr_range[1] if self.first is None else self.first
         rho = min(math.sqrt(_SHARE / _sharpest(prior, likelihood)), highest)
