@@ -40,7 +40,7 @@ def coverage(
     Parameters
     ----------
     result: one coverage, or several by name, up to six. The grey band is that of the one with the
-        fewest simulations; the coloured band about each curve is its bootstrap band.
+        most simulations, so that of the others is wider; the coloured band about each curve is its bootstrap band.
     path: file to write (PNG, PDF, ...).
     title: above the picture.
 
@@ -63,10 +63,10 @@ def coverage(
         wspace=0.2,
     )
     curve, difference = (figure.add_subplot(grid[0, i]) for i in range(2))
-    least = min(named.values(), key=lambda c: c.sims)
-    alpha = least.alpha.numpy()
-    low, high = least.null_band.numpy()
-    label = f"exact posterior, {least.level:.0%} of curves"
+    most = max(named.values(), key=lambda c: c.sims)
+    alpha = most.alpha.numpy()
+    low, high = most.null_band.numpy()
+    label = f"exact posterior, {most.level:.0%} of curves of {most.sims}"
     curve.fill_between(alpha, low, high, color=_EXACT, lw=0, label=label)
     difference.fill_between(alpha, low - alpha, high - alpha, color=_EXACT, lw=0)
     curve.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=(0, (4, 3)))
@@ -74,7 +74,8 @@ def coverage(
     reach = float(np.abs(np.stack([low - alpha, high - alpha])).max())
     for color, (name, one) in zip(_LINES, named.items(), strict=False):
         a, ecp, (lower, upper) = one.alpha.numpy(), one.ecp.numpy(), one.band.numpy()
-        text = f"{name or 'coverage'}, p = {_number(one.p_value)}"
+        count = "" if one.sims == most.sims else f", {one.sims} simulations"
+        text = f"{name or 'coverage'}{count}, p = {_number(one.p_value)}"
         for ax, origin in ((curve, 0.0 * a), (difference, a)):
             ax.fill_between(a, lower - origin, upper - origin, color=color, alpha=0.18, lw=0)
             ax.plot(a, ecp - origin, color=color, lw=1.8, label=text)
@@ -94,7 +95,7 @@ def coverage(
         handlelength=1.6,
         bbox_to_anchor=(0.06, 0.0),
     )
-    _header(figure, title, f"{least.sims} simulations, {least.draws:.4g} draws each")
+    _header(figure, title, f"{most.sims} simulations, {most.draws:.4g} draws each")
     for ax in (curve, difference):
         _plain(ax)
     write(figure, path, dpi=130)
