@@ -2,8 +2,8 @@
 
     python examples/coverage_visibilities.py --out runs/coverage [--simulations 208] [--samples 16]
 
-Skies are drawn from `galaxies-32`, on 32 pixels of 0.12 arcsec, at a total flux of about that of the target, and observed with the 21,669
-baselines and weights of ALMA; an interrupted run goes on. The data enter through their sufficient statistic (`diffpost.physics.compress`), whose noise is
+Skies are drawn from `galaxies-32`, on 32 pixels of 0.12 arcsec, with total fluxes of 13 to 60 mJy (80% of them; the target has 16), and observed with
+the 21,669 baselines and weights of ALMA; an interrupted run goes on. The data enter through their sufficient statistic (`diffpost.physics.compress`), whose noise is
 white, so that it can be simulated directly. Draws are made as `diffpost image` makes them; the report is that of
 `diffpost calibrate`.
 """
