@@ -99,3 +99,22 @@ def test_time_runs_from_noise_to_clean(sde: dp.SDE) -> None:
     assert bool((sde.nsr(grid).diff() < 0).all())
     assert float(sde.nsr(grid[-1])) < 0.02
     assert float(sde.nsr(grid[0])) > 10
+
+
+@pytest.mark.parametrize("n", [8, 9])
+def test_visibilities_of_a_point_source(n: int) -> None:
+    """l = -x towards the east and m = y towards the north from the middle of the grid, even or odd; V(-u, -v) = V(u, v)*."""
+    pytest.importorskip("finufft", reason="needs finufft")
+    from diffpost.physics import Grid, Visibilities
+
+    pixel, radian = 0.1, math.pi / 180 / 3600
+    u = torch.tensor([1e5, 0.0, -2e5, 1.5e5], dtype=torch.float64)
+    v = torch.tensor([0.0, 2e5, 1e5, -0.5e5], dtype=torch.float64)
+    for i, j in ((n // 2, n // 2), (1, 6)):
+        x, y = ((k - (n - 1) / 2) * pixel * radian for k in (j, i))
+        expected = torch.exp(-2j * math.pi * (-u * x + v * y))
+        image = 3.0 * point(i, j, n, n)
+        seen = torch.view_as_complex(Visibilities(u, v, Grid(n, pixel))(image))[0]
+        mirrored = torch.view_as_complex(Visibilities(-u, -v, Grid(n, pixel))(image))[0]
+        torch.testing.assert_close(seen, 3.0 * expected, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(mirrored, seen.conj(), rtol=1e-8, atol=1e-8)
