@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffpost as dp
 from diffpost.networks.fast_score_models import fast_twin
 
-PAIRS = 5
+PAIRS = 3
 
 
 def seconds(call) -> float:
@@ -38,6 +38,7 @@ def flops(call) -> float:
     return float(counter.get_total_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.benchmark(group="a network of score_models")
 @pytest.mark.parametrize("what", ["forward", "VJP"])
 @pytest.mark.parametrize("kind", ["NCSNpp", "DDPM"])
