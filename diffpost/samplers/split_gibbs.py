@@ -39,6 +39,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from diffpost.guidance.gain import largest_gain
 from diffpost.likelihood import Likelihood
 from diffpost.linalg import deflated
 from diffpost.operators.base import LinearOperator
@@ -58,6 +59,7 @@ from diffpost.score import ScoreModel
 from diffpost.sde import SDE
 
 _SHARE = 0.9  # of the noise, at most, that is the coupling's
+_ITERATIONS = 60  # so that the eigenvalue is right well within what _SHARE leaves
 
 
 @final
@@ -210,22 +212,11 @@ def _check_linear(likelihood: Likelihood) -> None:
         )
 
 
-def _sharpest(prior: ScoreModel, likelihood: Likelihood, iterations: int = 40) -> float:
-    """The largest eigenvalue of A^T Sigma^-1 A over all rows, by power iteration: a lower bound, that of a point-spread function
-    within some per cent.
-    """
+def _sharpest(prior: ScoreModel, likelihood: Likelihood) -> float:
+    """The largest eigenvalue of A^T Sigma^-1 A over all rows, within some per cent."""
     _check_linear(likelihood)
-    rows = likelihood.rows or 1
-    generator = torch.Generator().manual_seed(0)
-    start = 1 + 0.1 * torch.randn(1, *prior.shape, generator=generator, dtype=torch.float64)
-    v = start.to(prior.device, prior.dtype).expand(rows, *prior.shape)
-    linear = likelihood.operator.linearize(v)
-    norm = v.new_ones(rows)
-    for _ in range(iterations):
-        v = v / v.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, *[1] * (v.ndim - 1))
-        v = linear.adjoint(likelihood.noise.precision(linear(v)))
-        norm = v.flatten(1).norm(dim=1)
-    largest = float(norm.double().max())
+    blank = torch.zeros(likelihood.rows or 1, *prior.shape, dtype=prior.dtype, device=prior.device)
+    largest = largest_gain(likelihood, blank, _ITERATIONS)
     if not 0 < largest < math.inf:
         raise ValueError(
             f"SplitGibbs: the largest eigenvalue of A^T Sigma^-1 A is {largest}; expected a positive one. Are all data masked?"
