@@ -199,7 +199,9 @@ def prepare_imaging(
     if beam is not None:
         notes.append(f"primary beam: a Gaussian of {width:.4g} arcsec (full width at half power), not less than {float(np.min(beam)):.3f} here")  # fmt: skip
     if data.w is not None:
-        phase = math.pi * float(np.abs(data.w).max()) * (radius * _ARCSEC) ** 2
+        from diffpost.physics.visibilities import w_phase
+
+        phase = w_phase(torch.from_numpy(data.w.copy()), grid)
         report["w_phase"] = phase
         if phase > _W_PHASE:
             notes.append(

@@ -8,28 +8,12 @@ as fast as this machine makes one. Nothing here asserts a time.
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffpost as dp
 from diffpost.networks.fast_score_models import fast_twin
-
-PAIRS = 3
-
-
-def seconds(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def ratio(slow, fast) -> float:
-    """Median of seconds(slow)/seconds(fast) over pairs, after one that warms up."""
-    return statistics.median([seconds(slow) / seconds(fast) for _ in range(PAIRS + 1)][1:])
 
 
 def flops(call) -> float:
@@ -42,7 +26,7 @@ def flops(call) -> float:
 @pytest.mark.benchmark(group="a network of score_models")
 @pytest.mark.parametrize("what", ["forward", "VJP"])
 @pytest.mark.parametrize("kind", ["NCSNpp", "DDPM"])
-def test_score_models(benchmark, kind, what):
+def test_score_models(benchmark, ratio, kind, what):
     architectures = pytest.importorskip("score_models.architectures")
     torch.manual_seed(0)
     # of a ReLU, DDPM's default, rounding flips some derivatives: 0.4% of a VJP at random weights
@@ -67,7 +51,7 @@ def test_score_models(benchmark, kind, what):
 
 @pytest.mark.benchmark(group="a U-Net of ours")
 @pytest.mark.parametrize("name", ["galaxies-64", "galaxies-32"])
-def test_share_of_a_convolution(benchmark, name):
+def test_share_of_a_convolution(benchmark, ratio, name):
     prior = dp.optimize(dp.load_prior(name))
     x, label = torch.randn(8, *prior.shape), torch.zeros(8)
     conv = torch.nn.Conv2d(128, 128, 3, padding=1).requires_grad_(False)

@@ -8,8 +8,6 @@ Ratios are medians of pairs in one process, in `extra_info`. Nothing here assert
 from __future__ import annotations
 
 import math
-import statistics
-import time
 
 import pytest
 import torch
@@ -31,20 +29,9 @@ def baselines(m):
     return uv.clamp(-limit, limit)
 
 
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def ratio(slow, fast, pairs=5):
-    """Median of seconds(slow)/seconds(fast), after one pair that warms up."""
-    return statistics.median([seconds(slow) / seconds(fast) for _ in range(pairs + 1)][1:])
-
-
 @pytest.mark.benchmark(group="V of one image of 64 x 64")
 @pytest.mark.parametrize("m", [1000, 10_000])
-def test_against_the_direct_sum(benchmark, m):
+def test_against_the_direct_sum(benchmark, ratio, m):
     grid, (u, v) = Grid(64, CELL), baselines(m)
     operator = Visibilities(u, v, grid)
     x = torch.rand(1, 1, 64, 64, dtype=torch.float64)
@@ -63,7 +50,7 @@ def test_against_the_direct_sum(benchmark, m):
 
 @pytest.mark.benchmark(group="A^T W A of 20,000 visibilities")
 @pytest.mark.parametrize("side", [64, 256])
-def test_the_convolution_against_two_nuffts(benchmark, side):
+def test_the_convolution_against_two_nuffts(benchmark, ratio, side):
     u, v = baselines(20_000)
     operator = Visibilities(u, v, Grid(side, CELL))
     weight = torch.rand(20_000, dtype=torch.float64)
