@@ -22,6 +22,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -37,13 +38,14 @@ from scipy.optimize import least_squares
 from scipy.signal import fftconvolve
 from skimage.restoration import richardson_lucy, wiener
 
-from diffpost.deconvolve import deconvolve
+from diffpost.deconvolve import DeconvolutionResult, deconvolve
 from diffpost.io.checkpoints import load_prior
 from diffpost.io.datasets import fetch
 from diffpost.io.fits import FitsImage, read_image
 from diffpost.jobs.problem import prepare
 from diffpost.jobs.psf import centroid, prepare_psf
 from diffpost.jobs.setup import set_up
+from diffpost.score import ScoreModel
 
 Array = NDArray[np.float64]
 
@@ -179,8 +181,15 @@ def classical(field: Field) -> Array:
     return np.stack([field.through_hst(image, -PAD, -PAD) for image in images])
 
 
-def draws(field: Field, name: str, args: argparse.Namespace, factor: float = 1.0) -> Array:
-    """(n, h, w) posterior draws on HST's pixels; factor: of the prior's flux scale."""
+def inferred(
+    field: Field,
+    name: str,
+    prior: ScoreModel,
+    inflate: float = 1.0,
+    factor: float = 1.0,
+    **sampling: Any,
+) -> DeconvolutionResult:
+    """The posterior of a target; inflate: of the blank sky's scatter; factor: of the prior's flux scale."""
     x, y = TARGETS[name]
     common = {
         "cutout": (float(x), float(y), SIZE),
@@ -188,27 +197,31 @@ def draws(field: Field, name: str, args: argparse.Namespace, factor: float = 1.0
         "background": "constant",
         "keep_neighbours": True,
     }
-    prior = load_prior(args.prior)
     measured = set_up(prepare(field.hsc, field.hsc_psf, **common), prior, MARGIN).problem
     # The job's own noise is 1.3 times more, for the correlation of adjacent pixels, which adds power
     # on large scales; small scales decide here.
-    noise = args.inflate * measured.report["noise"]["sky_std"]
-    result = deconvolve(
+    return deconvolve(
         field.hsc,
         field.hsc_psf,
-        noise,
+        inflate * measured.report["noise"]["sky_std"],
         prior=prior,
-        samples=args.samples,
-        seed=args.seed,
         batch_size=4,
         progress=False,
         margin=MARGIN,
         scale=factor * measured.scale,
         **common,
+        **sampling,
     )
+
+
+def draws(field: Field, name: str, args: argparse.Namespace, factor: float = 1.0) -> Array:
+    """(n, h, w) posterior draws on HST's pixels; factor: of the prior's flux scale."""
+    sampling = {"samples": args.samples, "seed": args.seed}
+    result = inferred(field, name, load_prior(args.prior), args.inflate, factor, **sampling)
     chi2, flux = result.metrics["reduced_chi2"], result.metrics["flux"]
+    scale, noise = result.problem.scale / factor, result.problem.report["noise"]["std"]
     print(
-        f"{name}: scale {factor:g} x {measured.scale:.3g}, noise {noise:.3g}, reduced chi2 of a draw "
+        f"{name}: scale {factor:g} x {scale:.3g}, noise {noise:.3g}, reduced chi2 of a draw "
         f"{chi2['draws']:.3f} +- {chi2['expected_std']:.3f}, flux {flux['mean']:.1f} +- {flux['std']:.1f}, "
         f"{result.timings['sample']:.0f} s"
     )

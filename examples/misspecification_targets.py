@@ -23,9 +23,7 @@ from diffpost.deconvolve import DeconvolutionResult, deconvolve
 from diffpost.io.checkpoints import load_prior
 from diffpost.io.fits import read_image
 from diffpost.jobs.demo import demo_target
-from diffpost.jobs.problem import prepare
 from diffpost.jobs.psf import prepare_psf
-from diffpost.jobs.setup import set_up
 from diffpost.score import ScoreModel
 
 Array = NDArray[np.float64]
@@ -94,19 +92,8 @@ def hsc(prior: ScoreModel) -> Iterator[tuple[str, DeconvolutionResult]]:
         print(f"HSC left out: {error}", file=sys.stderr)
         return
     kinds = {"A": "irregular", "B": "blended with A", "C": "a chain of clumps"}
-    for name, (x, y) in hsc_galaxies.TARGETS.items():
-        common: dict[str, Any] = {
-            "cutout": (float(x), float(y), hsc_galaxies.SIZE),
-            "oversample": hsc_galaxies.FINER,
-            "background": "constant",
-            "keep_neighbours": True,
-        }
-        margin = hsc_galaxies.MARGIN
-        sky = set_up(prepare(field.hsc, field.hsc_psf, **common), prior, margin).problem
-        noise = sky.report["noise"]["sky_std"]
-        result = deconvolve(
-            field.hsc, field.hsc_psf, noise, prior=prior, margin=margin, **common, **DRAWS
-        )
+    for name in hsc_galaxies.TARGETS:
+        result = hsc_galaxies.inferred(field, name, prior, samples=4, seed=0)
         yield f"{name}, HSC, {kinds[name]}", result
 
 
