@@ -266,6 +266,7 @@ def lens(
     draws: options.ChainDraws = options.CHAIN_DRAWS,
     warmup: options.Warmup = None,
     restarts: options.Restarts = options.RESTARTS,
+    turns: options.Turns = 0,
     fixed: options.Fixed = False,
     seed: options.Seed = 0,
     steps: options.Steps = None,

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -41,12 +42,12 @@ from diffpost.jobs.lens_setup import (
     lens_scene,
     read_description,
 )
-from diffpost.jobs.lens_system import FLUX, LensSystem, coarse_grid, lens_system, source_grid
+from diffpost.jobs.lens_system import LensSystem, coarse_grid, lens_system, source_grid
+from diffpost.jobs.lens_turns import free_parameters, sample_turns
 from diffpost.jobs.problem import ImageLike, prepare
 from diffpost.noise import GaussianNoise
 from diffpost.parameters import (
     JointSamples,
-    ParameterPrior,
     ParametricLikelihood,
     evidence_shift,
 )
@@ -64,7 +65,7 @@ _OUTSIDE = 0.01
 _BRIGHT = 3.0  # standard deviations, above which pixels count as light of the source
 APPROXIMATION = (
     "the lens parameters follow the evidence of a Gaussian of sources on coarse pixels in the prior's place; their error bars "
-    "do not know what the prior knows beyond its mean and covariance (docs/lensing.md)"
+    "do not know what the prior knows beyond its mean and covariance; --turns lets them follow the prior itself (docs/lensing.md)"
 )
 
 
@@ -181,6 +182,7 @@ def reconstruct_lens(
     draws: int = 200,
     warmup: int | None = None,
     restarts: int = 6,
+    turns: int = 0,
     fixed: bool = False,
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
@@ -203,6 +205,8 @@ def reconstruct_lens(
     samples: sources, at evenly spaced draws of the lens.
     chains, draws, warmup: of the lens parameters; draws of each chain after the warm-up, None for half as many, 20 or more.
     restarts: of the search for modes, from draws of the parameters' prior.
+    turns: of source and lens after that, for parameters under the prior itself (:mod:`diffpost.jobs.lens_turns`): draws of
+        as many chains as samples; 0 stays with the Gaussian's.
     fixed: hold every lens parameter at the median of its prior, and sample the source alone.
     sampler, guidance: of the sources; default DPMSolver(32, eta=1) and what a `Posterior` takes.
     seed: of everything; batch_size: sources computed together.
@@ -219,6 +223,11 @@ def reconstruct_lens(
         raise ValueError(
             f"got {samples} samples, {chains} chains of {draws} draws and {restarts} restarts; expected at least 1 sample, "
             "2 chains, 4 draws and 1 restart"
+        )
+    if turns and (fixed or turns < 4 or samples < 2):
+        raise ValueError(
+            f"got {turns} turns of {samples} samples{' of a fixed lens' if fixed else ''}; expected at least 4 turns, of at "
+            "least 2 samples, which are their chains, and a lens that is free; or turns=0"
         )
     if samples > chains * draws:
         raise ValueError(
@@ -290,7 +299,8 @@ def reconstruct_lens(
     fitted, scale = fitted_prior(source_prior, size, evidence, joint, stand_in)
     tell(f"source: 1 of the prior is {scale['factor']:.4g} per source pixel, by {scale['by']}")
     system = lens_system(description, scene, fine, fixed=fixed, rays=None)
-    joint, posterior = sample_sources(
+    last = partial(sample_turns, turns=turns) if turns else sample_sources
+    joint, posterior = last(
         system,
         scene,
         joint,
@@ -300,7 +310,7 @@ def reconstruct_lens(
         sampler=sampler,
         seed=seed,
         batch_size=batch_size,
-        folder=None if folder is None else folder / "sources",
+        folder=None if folder is None else folder / ("turns" if turns else "sources"),
         progress=progress,
         announce=tell,
     )
@@ -308,10 +318,10 @@ def reconstruct_lens(
     lights = system.lit(joint.names, joint.samples.extras["theta"]) if joint.samples else None
     lights = None if lights is None else lights[:, 0]
     models, metrics = lens_metrics(system, scene, joint, lights)
-    metrics["shift"] = _shift(system, scene, joint)
+    metrics["shift"] = None if turns else _shift(system, scene, joint)
     for warning in _warnings(metrics):
         tell(f"warning: {warning}")
-    if system.prior is not None and not stand_in.exact:
+    if system.prior is not None and not stand_in.exact and not turns:
         tell(APPROXIMATION)
     return LensResult(
         joint=joint,
@@ -330,12 +340,13 @@ def reconstruct_lens(
             "gaussian_modes": len(stand_in.gaussian.std),
             "gaussian_exact": stand_in.exact and stand_in.bins == description.bin == 1,
             "modes_of_the_lens": begun.modes,
+            "turns": turns,
         },
         timings={
             "prepare": prepared - start,
             "search": found - prepared,
             "lens": chained - found,
-            "source": done - chained,
+            "turns" if turns else "source": done - chained,
         },
         title=title,
         lights=lights,
@@ -415,7 +426,7 @@ def _warnings(metrics: dict[str, Any]) -> list[str]:
     if not metrics["rhat"] <= _RHAT:
         found.append(
             f"R-hat is {metrics['rhat']:.3f}, above {_RHAT}: the chains have not converged, and the parameters' error bars are "
-            "not to be used; take more --draws"
+            "not to be used; take more --draws, or --turns"
         )
     if metrics["flux_outside"] > _OUTSIDE:
         found.append(
@@ -427,12 +438,9 @@ def _warnings(metrics: dict[str, Any]) -> list[str]:
 
 def _shift(system: LensSystem, scene: LensScene, joint: JointSamples) -> dict[str, Any] | None:
     """How far the means of the parameters would move under the prior itself, to first order, in standard deviations."""
-    prior = system.prior
+    prior = free_parameters(system)
     if prior is None or joint.samples is None or len(joint.samples) < 8:
         return None
-    if system.known:  # its sources have their own brightness
-        free = dict(zip(prior.names, prior.priors, strict=True))
-        prior = ParameterPrior({**free, FLUX: 1.0})
     likelihood = ParametricLikelihood(scene.y, system.family, GaussianNoise(std=scene.std))
     moved = evidence_shift(joint, likelihood, prior)
     return {

@@ -44,6 +44,7 @@ MODEL: dict[str, Any] = {
         }
     },
 }
+TRUTH_ORDER = ("main.q", "main.Rein")  # as the model has them
 KNOWN = {**MODEL, "mass": {"main": {"profile": "SIE", "q": 0.75, "phi": 0.4, "Rein": 1.2}}}
 
 
@@ -115,6 +116,35 @@ def test_the_lens_and_its_source_are_found(result: LensResult, tmp_path: Path) -
     assert set(record["metrics"]["shift"]) == set(TRUTH)
     with pytest.raises(FileExistsError, match="overwrite"):
         result.save(tmp_path / "out")
+
+
+def test_turns_give_the_parameters_that_the_evidence_gives_where_that_is_exact(
+    result: LensResult, tmp_path: Path
+) -> None:
+    """The prior is Gaussian and nothing is binned: both are the joint posterior, 4 Monte Carlo errors apart at most."""
+    options = {"samples": 8, "turns": 24, "draws": 12, "checkpoint": tmp_path / "parts"}
+    turned = run(**options)
+    assert turned.joint.names == (*TRUTH_ORDER, "source.flux")
+    assert turned.joint.theta.shape == (8, 24, 3)
+    for name in TRUTH:
+        a, b = (d.joint.theta[..., d.joint.names.index(name)] for d in (turned, result))
+        error = [
+            v.std() / d.joint.ess[d.joint.names.index(name)].sqrt()
+            for v, d in ((a, turned), (b, result))
+        ]
+        assert abs(float(a.mean() - b.mean())) < 4 * float(torch.hypot(*error)), name
+        assert 0.6 < float(a.std() / b.std()) < 1.6
+    chi2 = turned.metrics["reduced_chi2"]
+    assert abs(chi2["draws"] - 1) < 5 * chi2["expected_std"]
+    assert turned.metrics["shift"] is None and turned.inferred["turns"] == 24
+    flux = turned.joint.theta[:, -1, 2]
+    torch.testing.assert_close(turned.samples.x.double().sum((1, 2, 3)), flux)
+    again = run(**options)
+    assert torch.equal(again.joint.theta, turned.joint.theta)
+    with pytest.raises(ValueError, match="at least 4 turns"):
+        run(turns=3)
+    with pytest.raises(ValueError, match="of a fixed lens"):
+        run(turns=8, fixed=True)
 
 
 def test_a_known_lens_leaves_the_source_alone_and_a_seed_gives_the_same_draws() -> None:

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["run_lens"]
 
-_SAME = ("model", "mask", "prior", "samples", "chains", "draws", "warmup", "restarts", "fixed")
+_SAME = (
+    "model",
+    "mask",
+    "prior",
+    "samples",
+    "chains",
+    "draws",
+    "warmup",
+    "restarts",
+    "turns",
+    "fixed",
+)
 _TARGET = ("weight", "cutout", "center", "size", "plane", "psf_plane", "background", "exptime")
 
 

@@ -54,6 +54,7 @@ from diffpost.score import GaussianScore, ScoreModel
 __all__ = [
     "Search",
     "SourceGaussian",
+    "chosen_draws",
     "sample_lens",
     "sample_sources",
     "search",
@@ -260,12 +261,7 @@ def sample_sources(
     announce: Callable[[str], None] | None = None,
 ) -> tuple[JointSamples, Posterior]:
     """Sources by diffusion at evenly spaced draws of the lens, entry b with its own."""
-    chains, draws, _ = joint.theta.shape
-    ids = torch.arange(samples)
-    chain = ids % chains
-    turns = math.ceil(samples / chains)
-    draw = torch.linspace(draws - 1, 0, turns + 1).round().long()[:turns].flip(0)[ids // chains]
-    theta = joint.theta[chain, draw]
+    theta, told = chosen_draws(joint, samples)
     lenses = system.sheared(joint.names, theta)
     light = system.lit(joint.names, theta)
     many = not system.known or light is not None
@@ -288,8 +284,18 @@ def sample_sources(
         progress,
         None if folder is None else str(folder),
     )
-    told = {"theta": theta, "chain": chain, "draw": draw}
     return replace(joint, samples=replace(drawn, extras=dict(drawn.extras) | told)), posterior
+
+
+def chosen_draws(joint: JointSamples, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """So many evenly spaced draws, of every chain in turn: theta (count, P), and which they are."""
+    chains, draws, _ = joint.theta.shape
+    ids = torch.arange(count)
+    chain = ids % chains
+    each = math.ceil(count / chains)
+    draw = torch.linspace(draws - 1, 0, each + 1).round().long()[:each].flip(0)[ids // chains]
+    theta = joint.theta[chain, draw]
+    return theta, {"theta": theta, "chain": chain, "draw": draw}
 
 
 def mean_source(evidence: Evidence, theta: Tensor) -> Tensor:

@@ -277,6 +277,14 @@ Warmup = Annotated[
     ),
 ]
 Restarts = Annotated[int, _option(min=1, help="Restarts of the search for modes.", panel="Lens")]
+Turns = Annotated[
+    int,
+    _option(
+        min=0,
+        help="Turns of source and lens after that, for parameters under the prior itself, by as many chains as --samples.",
+        panel="Lens",
+    ),
+]
 Fixed = Annotated[
     bool,
     _option(

@@ -11,7 +11,9 @@ information). Use it to check :func:`sample_transported <diffpost.parameters.tra
 about theta.
 
 The metric of the moves is the curvature of the conditional, J^T Sigma^-1 J + I in z with J the derivative of A(theta) x
-(Gauss and Newton), averaged over the chains and over the sweeps of the warm-up, and fixed from then on.
+(Gauss and Newton), averaged over the chains of a problem and over the sweeps of the warm-up, and fixed from then on.
+
+Many problems make one batch: data with a row for each chain, and ``group`` consecutive chains for each problem.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from diffpost._version import __version__
 from diffpost.guidance.base import Guidance
 from diffpost.parameters.chains import MoveNoise
 from diffpost.parameters.checkpoint import Checkpoint
-from diffpost.parameters.collapsed import check_one_problem, drawn_images, response
+from diffpost.parameters.collapsed import drawn_images, response
 from diffpost.parameters.family import ParametricLikelihood
 from diffpost.parameters.hmc import HMC, HMCState
 from diffpost.parameters.prior import ParameterPrior
@@ -53,6 +55,7 @@ def sample_blocked(
     moves: int = 5,
     leapfrogs: int = 4,
     thin: int = 1,
+    group: int | None = None,
     guidance: Guidance | None = None,
     sampler: Sampler | None = None,
     seed: int = 0,
@@ -63,7 +66,7 @@ def sample_blocked(
     """Gibbs sampling of image and parameters.
 
     Args:
-        likelihood: p(y | x, theta).
+        likelihood: p(y | x, theta); with rows of y, chain b has row b.
         prior: of theta.
         image_prior: of x.
         start: (chains, P) theta at which the chains begin.
@@ -71,6 +74,7 @@ def sample_blocked(
         warmup: sweeps that adapt the moves and are dropped.
         moves: of theta in a sweep, of ``leapfrogs`` steps each.
         thin: every so many of the sweeps kept, the image is.
+        group: chains of a problem, which learn their moves together; None is all of them. Data with rows must say.
         guidance: of the posterior of x given theta; None chooses.
         sampler: of it; None is DPMSolver(32, eta=1). It must be the draw of a conditional, so a deterministic one
             is as good.
@@ -80,10 +84,11 @@ def sample_blocked(
         progress: a bar.
 
     Returns:
-        JointSamples: extras: ``step_size``.
+        JointSamples: extras: ``step_size``. Of many problems, :meth:`JointSamples.of_chains` takes one out.
 
     Raises:
-        ValueError: a start of another shape or outside the prior's bounds, or numbers that are not positive.
+        ValueError: a start of another shape or outside the prior's bounds, numbers that are not positive, chains that are
+            not whole groups, or rows of y that are not one a chain.
     """
     for name, value, least in (
         ("sweeps", sweeps, 1),
@@ -93,7 +98,6 @@ def sample_blocked(
     ):
         if value < least:
             raise ValueError(f"sample_blocked({name}={value}): expected at least {least}.")
-    check_one_problem(likelihood, "sample_blocked")
     likelihood.check(prior)
     if start.ndim != 2 or start.shape[1] != len(prior):
         raise ValueError(
@@ -101,9 +105,17 @@ def sample_blocked(
         )
     sampler = DPMSolver(32, eta=1.0) if sampler is None else sampler
     chains = len(start)
+    if likelihood.rows is not None and (group is None or likelihood.rows != chains):
+        raise ValueError(
+            f"sample_blocked(group={group}): the data have {likelihood.rows} rows and there are {chains} chains; expected a "
+            "row for each chain, and in group how many consecutive ones are of the same problem."
+        )
     device = likelihood.y.device
     ids = torch.arange(chains, device=device)
-    kernel = HMC(sweeps * moves, warmup * moves, leapfrogs=leapfrogs, learn_covariance=False)
+    kernel = HMC(
+        sweeps * moves, warmup * moves, group=group, leapfrogs=leapfrogs, learn_covariance=False
+    )
+    problems = chains // kernel.grouped(chains)
     info: dict[str, Any] = {
         "diffpost": __version__,
         "method": "blocked",
@@ -114,13 +126,14 @@ def sample_blocked(
         "moves": moves,
         "leapfrogs": leapfrogs,
         "thin": thin,
+        "group": group,
         "sampler": repr(sampler),
         "guidance": repr(guidance),
         "seed": seed,
     }
     z = prior.unconstrain(start.double()).to(device)
     state: HMCState | None = None
-    metric = torch.zeros(len(prior), len(prior), dtype=torch.float64, device=device)
+    metric = torch.zeros(problems, len(prior), len(prior), dtype=torch.float64, device=device)
     theta: list[Tensor] = []
     kept: list[Tensor] = []
     spent = [0, 0.0]
@@ -158,10 +171,10 @@ def sample_blocked(
             density = likelihood.given(prior, x)
             state = kernel.init(density, z) if state is None else kernel.refreshed(density, state)
             if sweep < warmup:
-                found = _curvature(likelihood, prior, z, x)
+                found = _curvature(likelihood, prior, z, x, problems)
                 metric = metric + (found - metric) / (sweep + 1)
                 root = torch.linalg.cholesky(torch.linalg.inv(metric))
-                state = dataclasses.replace(state, root=root[None])
+                state = dataclasses.replace(state, root=root)
             for move in range(moves):
                 step = sweep * moves + move
                 state = kernel.move(
@@ -223,9 +236,9 @@ def _required(folder: Checkpoint, i: int) -> Tensor:
 
 
 def _curvature(
-    likelihood: ParametricLikelihood, prior: ParameterPrior, z: Tensor, x: Tensor
+    likelihood: ParametricLikelihood, prior: ParameterPrior, z: Tensor, x: Tensor, problems: int
 ) -> Tensor:
-    """J^T Sigma^-1 J + I in z, averaged over chains: (P, P)."""
+    """J^T Sigma^-1 J + I in z, averaged over the chains of each problem: (problems, P, P)."""
 
     def white(z: Tensor) -> Tensor:
         residual = likelihood.residual(prior.values(prior.constrain(z)), x)
@@ -238,7 +251,7 @@ def _curvature(
             off[:, i] = _STEP
             columns.append((white(z + off) - white(z - off)) / (2 * _STEP))
     j = torch.stack(columns, 2)
-    gram = j.mT @ j
-    good = gram.isfinite().all((1, 2))
-    mean = gram[good].mean(0) if bool(good.any()) else torch.zeros_like(gram[0])
+    gram = (j.mT @ j).reshape(problems, -1, z.shape[1], z.shape[1])
+    good = gram.isfinite().all((2, 3), keepdim=True)
+    mean = torch.where(good, gram, 0.0).sum(1) / good.sum(1).clamp_min(1)
     return mean + torch.eye(z.shape[1]).to(z)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,35 @@ class JointSamples:
     def quantile(self, q: float | Sequence[float]) -> Tensor:
         """Quantiles over all draws: (P,) for a number, (len(q), P) for a sequence."""
         return torch.quantile(self.flat, torch.as_tensor(q, dtype=self.theta.dtype), 0)
+
+    def of_chains(self, first: int, count: int) -> JointSamples:
+        """Those of ``count`` chains from ``first`` on, as of one problem of several.
+
+        Raises:
+            ValueError: no such chains.
+        """
+        if not 0 <= first < first + count <= len(self.theta):
+            raise ValueError(
+                f"JointSamples.of_chains({first}, {count}): there are chains 0 to {len(self.theta) - 1}."
+            )
+        part = slice(first, first + count)
+        samples = self.samples
+        if samples is not None:
+            chain = samples.extras["chain"]
+            own = (chain >= first) & (chain < first + count)
+            extras = {name: values[own] for name, values in samples.extras.items()}
+            extras["chain"] = extras["chain"] - first
+            samples = dataclasses.replace(samples, x=samples.x[own], extras=extras)
+        return JointSamples(
+            names=self.names,
+            theta=self.theta[part],
+            acceptance=self.acceptance[part],
+            nonfinite=self.nonfinite[part],
+            samples=samples,
+            log_prob=None if self.log_prob is None else self.log_prob[part],
+            extras={name: values[part] for name, values in self.extras.items()},
+            info=self.info,
+        )
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each parameter: name, mean, std, q16, q50, q84, rhat and ess."""

@@ -173,6 +173,35 @@ def test_turns_reproduce_the_exact_posterior(problem, exact):
     assert draws.samples.x.shape == (32 * 3, 1, 6, 6)
 
 
+def test_turns_of_two_problems_in_one_batch_are_each_its_own(problem, exact):
+    other = toy(size=6, noise=0.2, seed=5, theta=(1.6, -0.9))
+    y = torch.stack([problem.likelihood.y[0], other.likelihood.y[0]]).repeat_interleave(20, 0)
+    likelihood = ParametricLikelihood(y, problem.likelihood.family, problem.likelihood.noise)
+    draws = sample_blocked(
+        likelihood,
+        problem.prior,
+        problem.score,
+        problem.prior.sample(40, seed=3),
+        sweeps=30,
+        warmup=8,
+        thin=15,
+        group=20,
+        sampler=SAMPLER,
+        seed=4,
+    )
+    first, second = draws.of_chains(0, 20), draws.of_chains(20, 20)
+    assert accepts(first.theta, *exact), deviations(first.theta, *exact)
+    assert accepts(second.theta, *other.grid())
+    assert not accepts(second.theta, *exact)
+    assert torch.equal(second.samples.extras["theta"], draws.samples.extras["theta"][40:])
+    assert torch.equal(second.samples.x, draws.samples.x[40:])
+    assert second.samples.extras["chain"].tolist() == [i // 2 for i in range(40)]
+    with pytest.raises(ValueError, match="chains 0 to 39"):
+        draws.of_chains(30, 20)
+    with pytest.raises(ValueError, match="row for each chain"):
+        sample_blocked(likelihood, problem.prior, problem.score, torch.zeros(20, 2), group=20)
+
+
 @pytest.mark.slow
 def test_collapsed_and_transported_chains_on_16_by_16_pixels():
     problem = toy(size=16, noise=0.2)
