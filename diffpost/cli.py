@@ -74,6 +74,9 @@ def _root(
         "By position, with an rms map, at twice the sampling:\n\n"
         "[green]diffpost deconvolve field.fits --psf psf.fits --noise rms.fits "
         "--center 3.5866 -30.3892 --size 96 --oversample 2 --out spiral[/green]\n\n"
+        "With noise learned from the instrument's blank sky (diffpost train-noise):\n\n"
+        "[green]diffpost deconvolve field.fits --psf psf.fits --noise-model runs/f115w --cutout 351,222,48 "
+        "--out faint[/green]\n\n"
         "The maps carry the world coordinates of the image; run.json records what was inferred."
     )
 )
@@ -84,6 +87,8 @@ def deconvolve(
     noise: options.Noise = None,
     noise_std: options.NoiseStd = None,
     weight: options.Weight = None,
+    noise_model: options.NoiseModel = None,
+    sky_std: options.SkyStd = None,
     cutout: options.Cutout = None,
     center: options.Center = None,
     size: options.Size = None,
@@ -92,6 +97,7 @@ def deconvolve(
     samples: options.Draws = options.DRAWS,
     seed: options.Seed = 0,
     steps: options.Steps = None,
+    moves: options.Moves = None,
     batch_size: options.Batch = options.BATCH,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
@@ -110,7 +116,7 @@ def deconvolve(
     """Posterior samples of the image behind IMAGE: blur and noise taken out, uncertainty kept."""
     arguments = {key: plain(value) for key, value in locals().items()}
     with bad_input():
-        _one_of(noise=noise, noise_std=noise_std, weight=weight)
+        _one_of(noise=noise, noise_std=noise_std, weight=weight, noise_model=noise_model)
         target: dict[str, Any] = {
             "cutout": None if cutout is None else _parse_cutout(cutout),
             "center": center,
@@ -128,6 +134,8 @@ def deconvolve(
             "psf_error": psf_error,
             "scale": scale,
             "weight": weight,
+            "noise_model": noise_model,
+            "sky_std": sky_std,
         }
         _run(
             image,
@@ -138,6 +146,7 @@ def deconvolve(
             out=out,
             arguments=arguments,
             title=image.name,
+            moves=moves,
         )
 
 
@@ -384,6 +393,7 @@ def _run(
     out: Path,
     arguments: dict[str, Any],
     title: str,
+    moves: int | None = None,
 ) -> None:
     from diffpost.jobs.outputs import OutputFolder
 
@@ -391,7 +401,7 @@ def _run(
     folder = OutputFolder(out)
     folder.check(overwrite=inference.overwrite, resume=inference.resume)
 
-    from diffpost.deconvolve import load, sampler_of, solve
+    from diffpost.deconvolve import load, solve
     from diffpost.jobs.outputs import run_record
     from diffpost.jobs.problem import prepare
     from diffpost.jobs.report import report
@@ -408,7 +418,8 @@ def _run(
         result = solve(
             setup,
             samples=inference.samples,
-            sampler=None if inference.steps is None else sampler_of(inference.steps),
+            steps=inference.steps,
+            moves=moves,
             seed=inference.seed,
             batch_size=inference.batch_size,
             checkpoint=checkpoint,

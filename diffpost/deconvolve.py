@@ -8,6 +8,14 @@ Sky, neighbours, noise and flux scale are inferred and told (`result.notes`); ea
 model and noise are right, a posterior draw is as far from the data as the truth is: the expectation
 of its reduced chi-squared is 1, with standard deviation sqrt(2 / n) for n pixels.  The posterior mean
 fits closer, by the mean variance of the draws seen through the operator.
+
+Where the noise is a model learned from the instrument (`noise_model=`), a draw starts from the Gaussian of the model's
+power spectrum and ends in Metropolis chains on the scores of prior and noise, whose target has no Gaussian in it:
+
+    pi(u) = p_nu(u) p_eta(y - A u),    A = Crop Convolve(psf),
+
+first at nu the standard deviation to which the data fix the image at best, where what is large moves, then at a quarter
+of it, where what is small does; the prior's blur by nu is taken out after each by the reverse SDE.
 """
 
 from __future__ import annotations
@@ -29,15 +37,18 @@ from diffpost.diagnostics.misspecification import (
     misspecification,
     reference_from_card,
 )
-from diffpost.guidance import Guidance, choose
+from diffpost.guidance import Guidance, choose, default_guidance
+from diffpost.guidance.choice import finest
+from diffpost.guidance.slic import with_surrogate
+from diffpost.jobs.fit import chain_metrics, fit_metrics, residuals
 from diffpost.jobs.problem import Grid, ImageLike, Problem, prepare
 from diffpost.jobs.setup import Setup, set_up
 from diffpost.likelihood import Likelihood
-from diffpost.noise import GaussianNoise
-from diffpost.operator import Convolve, LinearOperator, PixelBin
+from diffpost.noise import GaussianNoise, has_gaussian_noise
+from diffpost.operator import Convolve, Crop, LinearOperator, PixelBin
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
-from diffpost.samplers import DPMSolver, Sampler
+from diffpost.samplers import MALA, DPMSolver, Sampler
 from diffpost.samples import Samples
 from diffpost.score import ScoreModel
 
@@ -46,14 +57,46 @@ __all__ = ["DeconvolutionResult", "deconvolve", "default_inference"]
 Array = NDArray[np.float64]
 
 _STEPS = 32
+_MOVES = 64  # of the chains that learned noise ends in, half of them at each
+_LEVELS = (1.0, 0.25)  # noise, in standard deviations to which the data fix the image at best
+_SPAN = 2.0  # times the process's lowest, that it may be taken out
+_REVERSE = 16  # steps that take it out
 _JUDGED = 4  # draws by which it is judged whether the target is like what the prior knows
 
 
-def default_inference(prior: ScoreModel, likelihood: Likelihood) -> tuple[Guidance, Sampler]:
+def default_inference(
+    prior: ScoreModel, likelihood: Likelihood, steps: int | None = None, moves: int | None = None
+) -> tuple[Guidance, Sampler]:
     """The guidance and the sampler that the job uses unless told otherwise: what a `Posterior` takes by
-    itself (`diffpost.guidance.choose`), and `sampler_of(None)`.
+    itself (`diffpost.guidance.default_guidance`), and `sampler_of(steps)`, with a chain of `moves` after it where the
+    noise is learned (0: none).
+
+    Raises
+    ------
+    ValueError: moves for Gaussian noise, or fewer than 4.
     """
-    return choose(prior, likelihood).guidance, sampler_of(None)
+    start: Sampler = sampler_of(steps)
+    if has_gaussian_noise(likelihood.noise):
+        if moves is not None:
+            raise ValueError(
+                f"got {moves} moves of a chain, which learned noise ends in; Gaussian noise needs none: leave them out, "
+                "or give a noise model"
+            )
+        return choose(prior, likelihood).guidance, start
+    guidance = default_guidance(prior, likelihood)
+    count = _MOVES if moves is None else moves
+    if count == 0:
+        return guidance, start
+    if count < 4:
+        raise ValueError(f"got {count} moves of a chain; expected 0 (no chain), or 4 or more")
+    precise = finest(prior, with_surrogate(likelihood))
+    lowest, highest = prior.sde.nsr_range
+    for i, share in enumerate(_LEVELS):
+        nsr = min(max(share * (precise or 0.0), _SPAN * lowest), highest)
+        part = count // 2 if i == 0 else count - count // 2
+        back = DPMSolver(_REVERSE, eta=1.0)
+        start = MALA(part, start, nsr=float(f"{nsr:.3g}"), reverse=back)
+    return guidance, start
 
 
 def sampler_of(steps: int | None) -> Sampler:
@@ -69,8 +112,8 @@ class DeconvolutionResult:
     samples: draws on the whole grid of the model, (n, 1, H, W), in flux per model pixel.
     problem: what was deconvolved; grid: where the cutout lies on the grid of the model.
     likelihood: of the data, in their units; prior: with the flux scale that was used.
-    metrics: how well the draws fit (see `fit_metrics`), and under misspecification whether they are like what the prior
-        knows (see `likeness`); timings: in seconds; title: of the picture.
+    metrics: how well the draws fit (see `fit_metrics`), under misspecification whether they are like what the prior
+        knows (see `likeness`), and under chain how a chain went; timings: in seconds; title: of the picture.
     """
 
     samples: Samples
@@ -117,7 +160,7 @@ class DeconvolutionResult:
     @property
     def residual(self) -> Array:
         """(h, w) (data - model of the posterior mean) / sigma; NaN where there is no data."""
-        return _residuals(self.likelihood, self.samples.mean[None], self.problem, self.grid)[0]
+        return residuals(self.likelihood, self.samples.mean[None], self.problem, self.grid)[0]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write all products into a folder, atomically (see `diffpost.jobs.outputs`).
@@ -147,6 +190,8 @@ def deconvolve(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     margin: int | None = None,
+    steps: int | None = None,
+    moves: int | None = None,
     **target: Any,
 ) -> DeconvolutionResult:
     """Draw posterior samples of the image behind a blurred, noisy one.
@@ -160,13 +205,17 @@ def deconvolve(
     prior: name, folder, or a score model of one-channel images.
     samples: number of draws; seed: of the draws; batch_size: draws computed together.
     sampler, guidance: default as `default_inference` chooses.
+    steps: noise levels of the default sampler.
+    moves: of the chain in which a draw ends under a noise model, 64 by default; 0 leaves the chain out.
     checkpoint: folder for finished draws; the same call goes on from there.
     margin: image pixels that the model reaches beyond the cutout; default: what holds 90% of the PSF.
     target: the keywords of `diffpost.jobs.problem.prepare`: cutout=(x, y, size) or center=(ra, dec) and
         size; weight, a map of the inverse variance instead of `noise` (zeros, inf and NaN mask); hdu,
         plane; oversample=1; psf_oversample, psf_background, psf_plane, recentre_psf;
         background="smooth" | "constant" | "none"; keep_neighbours; exptime; psf_error; scale, the flux
-        per model pixel that the prior calls 1, or a rule to infer it by (`SmoothedPeak`).  By default the
+        per model pixel that the prior calls 1, or a rule to infer it by (`SmoothedPeak`); noise_model, the folder of a
+        model of `diffpost train-noise` or a `LearnedNoise` in the image's unit, instead of `noise`, with sky_std, the
+        standard deviation of the blank sky to which a folder's model is scaled.  By default the
         rule is the one in the prior's card; where it states none, the prior's own units stand (its
         `scale` and `offset`), and a note says so.
 
@@ -185,6 +234,8 @@ def deconvolve(
         batch_size=batch_size,
         progress=progress,
         checkpoint=checkpoint,
+        steps=steps,
+        moves=moves,
         prepared=time.perf_counter() - start,
     )
 
@@ -199,19 +250,25 @@ def solve(
     batch_size: int | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    steps: int | None = None,
+    moves: int | None = None,
     prepared: float = 0.0,
     title: str = "",
     announce: Callable[[str], None] | None = None,
 ) -> DeconvolutionResult:
     """Draw the samples of a problem that was set up; arguments as for `deconvolve`.
 
-    announce: is told, before the sampling, what is going to be done.
+    steps: noise levels of the default sampler; announce: is told, before the sampling, what is going to be done.
     """
     if samples < 1:
         raise ValueError(f"got {samples} samples; expected at least 1")
     problem, grid, fitted = setup.problem, setup.grid, setup.prior
     likelihood = build_likelihood(problem, grid)
-    chosen_guidance, chosen_sampler = default_inference(fitted, likelihood)
+    if sampler is not None and (steps, moves) != (None, None):
+        raise ValueError(
+            f"got a sampler and steps={steps}, moves={moves} of the default one; give one or the other"
+        )
+    chosen_guidance, chosen_sampler = default_inference(fitted, likelihood, steps, moves)
     guidance = guidance or chosen_guidance
     sampler = sampler or chosen_sampler
     reference = reference_from_card(getattr(fitted, "card", None))
@@ -232,6 +289,8 @@ def solve(
     )
     sampled = time.perf_counter() - start
     metrics = fit_metrics(problem, grid, likelihood, draws)
+    if "acceptance" in draws.extras:
+        metrics["chain"] = chain_metrics(draws, sampler)
     metrics["misspecification"] = None if reference is None else likeness(draws, fitted, reference)
     return DeconvolutionResult(
         samples=draws,
@@ -279,88 +338,21 @@ def build_likelihood(problem: Problem, grid: Grid) -> Likelihood:
     """The likelihood on the whole grid at the sampling of the data.
 
     The margin and pixels without data have infinite variance, which keeps the operator one that is
-    nearly diagonal in Fourier space.
+    nearly diagonal in Fourier space. Learned noise has no infinite variance: the operator ends in a crop to
+    the cutout.
     """
+    operator = build_operator(problem)
     k = problem.oversample
+    rows, columns = grid.data_region(k)
+    if problem.noise_model is not None:
+        y = torch.from_numpy(problem.data).float()[None]
+        window = Crop(rows.start, columns.start, *problem.data.shape)
+        return Likelihood(y, window @ operator, problem.noise_model)
     shape = (1, grid.shape[0] // k, grid.shape[1] // k)
     y, std = torch.zeros(shape), torch.full(shape, torch.inf)
-    rows, columns = grid.data_region(k)
     y[0, rows, columns] = torch.from_numpy(np.where(problem.seen, problem.data, 0.0)).float()
     std[0, rows, columns] = torch.from_numpy(problem.std).float()
-    return Likelihood(y, build_operator(problem), GaussianNoise(std=std))
-
-
-def _residuals(likelihood: Likelihood, x: Tensor, problem: Problem, grid: Grid) -> Array:
-    """(B, h, w) residuals in sigma, NaN where there is no data."""
-    rows, columns = grid.data_region(problem.oversample)
-    with torch.no_grad():
-        raw = likelihood.residual(x.to(likelihood.y.dtype))[:, 0, rows, columns].double().numpy()
-    seen = problem.seen
-    out: Array = np.where(seen, raw / np.where(seen, problem.std, 1.0), np.nan)
-    return out
-
-
-def fit_metrics(
-    problem: Problem, grid: Grid, likelihood: Likelihood, draws: Samples
-) -> dict[str, Any]:
-    """How well the draws fit, as JSON values.
-
-    reduced_chi2: of the posterior mean and of the draws (mean over them), each with the expectation
-    if noise and model are right.  residual_autocorrelation: of the mean's residual between adjacent
-    pixels, along x and y, and what blank sky has of it (drizzled noise is correlated).  flux: of the
-    model in the pixels that count, and through the operator over the data's there.
-    """
-    seen = problem.seen
-    n = int(seen.sum())
-    mean = _residuals(likelihood, draws.mean[None], problem, grid)[0]
-    each = []
-    modelled = []
-    k = problem.oversample
-    inside = torch.from_numpy(np.kron(seen, np.ones((k, k))))
-    through = np.zeros(seen.shape)
-    square = np.zeros(seen.shape)
-    for row in draws.x.split(8):
-        part = _residuals(likelihood, row, problem, grid)
-        each += [float(np.nanmean(r**2)) for r in part]
-        deviation = np.nan_to_num(part - mean)
-        through += deviation.sum(0)
-        square += (deviation**2).sum(0)
-        rows, columns = grid.region
-        modelled += (row[:, 0, rows, columns].double() * inside).sum((1, 2)).tolist()
-    m = len(draws)
-    spread = float((square - through**2 / m)[seen].sum() / (max(m - 1, 1) * n)) if m > 1 else None
-    data = np.where(seen, problem.data, 0.0)
-    with torch.no_grad():
-        blurred = likelihood.operator(draws.mean[None].to(likelihood.y.dtype))[0, 0]
-    rows, columns = grid.data_region(problem.oversample)
-    image = blurred[rows, columns].double().numpy()
-    source = problem.scene.target & seen
-    sky = problem.report.get("sky", {})
-    metrics: dict[str, Any] = {
-        "pixels": n,
-        "reduced_chi2": {
-            "mean": float(np.nanmean(mean**2)),
-            "mean_expected": None if spread is None else 1 - spread * (m - 1) / m,
-            "draws": float(np.mean(each)),
-            "draws_expected": 1.0,
-            "expected_std": (2 / n) ** 0.5,
-            "target": float(np.mean(mean[source] ** 2)) if source.any() else None,
-            "sky": sky.get("reduced_chi2"),
-        },
-        "residual_autocorrelation": {
-            "x": autocorrelation(mean, 0, 1),
-            "y": autocorrelation(mean, 1, 0),
-            "expected_std": float(n**-0.5),
-            "sky": sky.get("autocorrelation"),
-        },
-        "largest_residual": float(np.nanmax(np.abs(mean))),
-        "flux": {
-            "mean": float(np.mean(modelled)),
-            "std": float(np.std(modelled, ddof=1)) if m > 1 else None,
-            "model_over_data": float(image[seen].sum() / data[seen].sum()),
-        },
-    }
-    return metrics
+    return Likelihood(y, operator, GaussianNoise(std=std))
 
 
 def likeness(draws: Samples, prior: ScoreModel, reference: HeldOutReference) -> dict[str, Any]:
@@ -376,16 +368,6 @@ def likeness(draws: Samples, prior: ScoreModel, reference: HeldOutReference) -> 
         "loudest": found.loudest[0],
         "reference_images": len(reference),
     }
-
-
-def autocorrelation(residual: Array, dy: int, dx: int) -> float:
-    """Correlation of pixels with those (dy, dx) further on, NaN pixels left out."""
-    h, w = residual.shape
-    a, b = residual[: h - dy, : w - dx], residual[dy:, dx:]
-    both = np.isfinite(a) & np.isfinite(b)
-    if not both.any():
-        return float("nan")
-    return float((a * b)[both].mean() / np.nanmean(residual**2))
 
 
 def prior_hash(prior: ScoreModel) -> str:

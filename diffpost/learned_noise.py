@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from diffpost.line_integral import integral_between
 from diffpost.noise import GaussianNoise, Noise
 from diffpost.noise_flow import Flow, Perturbation
-from diffpost.operators.base import Shape, as_double, numel
+from diffpost.operators.base import Shape, as_double, numel, on_grid
 from diffpost.scale_mixture import ScaleMixtureScore
 from diffpost.score import GaussianScore, ScoreModel
 from diffpost.tiling import fitted
@@ -42,6 +42,7 @@ __all__ = ["LearnedNoise"]
 _TEMPERATURE = 0.1  # of networks, whose score is poor where there is hardly any noise
 _DRAWS = 32  # from which the variance of a model that does not tell it is measured
 _EQUAL = 1e-6
+_COARSE = 1.5  # steps of the flow for each e-fold of temperature, for rough draws
 
 
 @final
@@ -109,6 +110,7 @@ class LearnedNoise(Noise):
         self.levels, self.steps, self.exact_trace, self.probes = levels, steps, exact_trace, probes
         self.seed, self.nodes = seed, nodes
         self._given = surrogate
+        self._measured: Tensor | None = None
         self._scale = abs(float(scale[0]))
         self._own = _perturbation(plus)
         self._variance: float | None = None
@@ -183,6 +185,8 @@ class LearnedNoise(Noise):
                 own = GaussianNoise(power=values + 1e-12 * values.max())
             elif model._kind == "var":
                 own = GaussianNoise(var=values)
+        if own is None and self._measured is not None and len(shape) >= 2:
+            own = GaussianNoise(power=on_grid(self._measured)((shape[-2], shape[-1])))
         if own is None:
             own = GaussianNoise(var=self.own_variance)
         if self.plus is None:
@@ -191,6 +195,57 @@ class LearnedNoise(Noise):
         if first is not None and second is not None and max(first.ndim, second.ndim) > 1:
             return GaussianNoise(power=first + second)
         return GaussianNoise(var=own.variance + self.plus.variance)
+
+    def with_spectrum(self, draws: int = 128) -> LearnedNoise:
+        """The same noise, whose surrogate has its power spectrum: the mean periodogram of draws of the model's own size.
+
+        A Gaussian model's own spectrum is taken as it is; a surrogate that was given stays, and so does that of models that
+        are not of images. For data of another size it is interpolated in frequency.
+
+        Args:
+            draws: from which it is measured; each mode to about draws^-1/2.
+
+        Raises:
+            ValueError: fewer than 8 draws.
+        """
+        if draws < 8:
+            raise ValueError(f"with_spectrum(draws={draws}): expected 8 or more.")
+        model = self.score_model
+        if self._given is not None or len(model.shape) < 2 or min(model.shape[-2:]) < 4:
+            return self
+        alone, changed = self.without_plus(), copy.copy(self)
+        if isinstance(model, GaussianScore) and model._kind == "power":
+            power = self._scale**2 * model.eigenvalues + self.blur**2
+            changed._measured = power.expand(model.shape).reshape(-1, *model.shape[-2:]).mean(0)
+            return changed
+        x = alone.rough_draws((draws, *model.shape), self.seed).double()
+        off = (x - x.mean()).reshape(-1, *model.shape[-2:])
+        changed._measured = torch.fft.fft2(off, norm="ortho").abs().square().mean(0)
+        return changed
+
+    def rough_draws(self, shape: Sequence[int], seed: int) -> Tensor:
+        """As ``sample``, in float32, by no more steps of the flow than a spectrum or a moment to a per cent needs."""
+        other = copy.copy(self)
+        span = math.log(self._scale * self.score_model.sde.nsr_range[1] / self.blur)
+        other.steps = max(4, math.ceil(_COARSE * span))
+        return other.sample(shape, seed, torch.float32)
+
+    def without_plus(self) -> LearnedNoise:
+        """The same without Gaussian noise on top."""
+        alone = copy.copy(self)
+        alone.plus, alone._own = None, _perturbation(None)
+        return alone
+
+    def chi2(self, r: Tensor) -> Tensor:
+        """-(r - m) . s(r), (B,), m the origin of the model's units: its expectation is the number of data for any noise, by
+        parts, and for a Gaussian of that mean it is (r - m)^T Sigma^-1 (r - m).
+        """
+        return (
+            -((r - self._mean(r)) * self.score(r))
+            .flatten(1)
+            .sum(1, dtype=torch.float64)
+            .to(r.dtype)
+        )
 
     def ndata(self, shape: Shape) -> int | Tensor:
         return numel(shape) if self.plus is None else self.plus.ndata(shape)

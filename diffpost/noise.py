@@ -336,6 +336,10 @@ class BlockNoise(Noise):
         ]
         return torch.stack(terms).sum(0)
 
+    def chi2(self, r: Tensor) -> Tensor:
+        terms = [noise.chi2(part) for noise, part in zip(self.noises, self._parts(r), strict=True)]
+        return torch.stack(terms).sum(0)
+
     def log_ratio(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         pairs = zip(self.noises, self._parts(start), self._parts(end), strict=True)
         found = [noise.log_ratio(a, b) for noise, a, b in pairs]

@@ -13,7 +13,8 @@ import torch
 from astropy.io import fits
 from astropy.wcs import WCS
 
-from diffpost.deconvolve import DeconvolutionResult, autocorrelation, deconvolve
+from diffpost.deconvolve import DeconvolutionResult, deconvolve
+from diffpost.jobs.fit import autocorrelation
 from diffpost.jobs.outputs import OutputFolder
 from diffpost.jobs.problem import prepare
 from diffpost.jobs.scale import SmoothedPeak

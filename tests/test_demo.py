@@ -15,8 +15,9 @@ from astropy.wcs import WCS
 from typer.testing import CliRunner
 
 from diffpost.cli import app
-from diffpost.deconvolve import build_likelihood, fit_metrics, load
+from diffpost.deconvolve import build_likelihood, load
 from diffpost.jobs.demo import demo_target
+from diffpost.jobs.fit import fit_metrics
 from diffpost.jobs.problem import prepare
 from diffpost.jobs.setup import set_up
 from diffpost.samples import Samples

@@ -21,7 +21,7 @@ from diffpost.io.fits import FitsImage, read_companion
 from diffpost.io.units import is_electron_rate
 from diffpost.jobs.target import Scene, sky_noise
 
-__all__ = ["deviation_of", "expected_flux", "noise_of"]
+__all__ = ["deviation_of", "expected_flux", "noise_of", "poisson_variance"]
 
 Array = NDArray[np.float64]
 
@@ -91,20 +91,36 @@ def noise_of(
             f"; adjacent pixels are correlated ({sky.correlation:.2f}), so {level:.4g} is used, "
             f"{sky.inflation:.2f} times more"
         )
+    own, seconds = poisson_variance(residual, image, exptime)
+    if seconds is not None:
+        variance = variance + own
+        report |= {"poisson": True, "exptime": seconds}
+        told += f"; the sources' Poisson noise was added for {seconds:.6g} s of {image.unit}"
+    else:
+        told += "; the sources' own Poisson noise is not known and not included"
+    notes.append(told)
+    return np.sqrt(variance), {"noise": report}
+
+
+def poisson_variance(
+    residual: Array, image: FitsImage, exptime: float | None
+) -> tuple[Array, float | None]:
+    """Variance (h, w) of the sources' own photons, and the exposure time in seconds that it is of; 0 and None where that is
+    not known, or the image is not in electrons per second.
+
+    Raises
+    ------
+    ValueError: an exposure time that is not positive.
+    """
     seconds = exptime if exptime is not None else image.header.get("EXPTIME")
     known = isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0
     if exptime is not None and not known:
         raise ValueError(
             f"got an exposure time of {exptime}; expected a positive number of seconds"
         )
-    if known and is_electron_rate(image.unit):
-        variance = variance + expected_flux(residual) / float(seconds)
-        report |= {"poisson": True, "exptime": float(seconds)}
-        told += f"; the sources' Poisson noise was added for {seconds:.6g} s of {image.unit}"
-    else:
-        told += "; the sources' own Poisson noise is not known and not included"
-    notes.append(told)
-    return np.sqrt(variance), {"noise": report}
+    if not known or not is_electron_rate(image.unit):
+        return np.zeros(residual.shape), None
+    return expected_flux(residual) / float(seconds), float(seconds)
 
 
 def deviation_of(weight: FitsImage) -> FitsImage:

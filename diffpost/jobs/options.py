@@ -170,6 +170,29 @@ NoiseStd = Annotated[
         panel="Noise",
     ),
 ]
+NoiseModel = Annotated[
+    Path | None,
+    _option(
+        help="Folder of a model of `diffpost train-noise`, instead of Gaussian noise: no pixel may be masked.",
+        panel="Noise",
+    ),
+]
+SkyStd = Annotated[
+    float | None,
+    _option(
+        help="Standard deviation of the blank sky to which --noise-model is scaled; default: the model's own, or the "
+        "image's for a model trained with --per-field.",
+        panel="Noise",
+    ),
+]
+Moves = Annotated[
+    int | None,
+    _option(
+        min=0,
+        help="With --noise-model: moves of the chains that end a draw, four evaluations each; 0: none; default: 64.",
+        panel="Inference",
+    ),
+]
 Exptime = Annotated[
     float | None,
     _option(

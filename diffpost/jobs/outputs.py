@@ -252,6 +252,9 @@ def _write_products(result: DeconvolutionResult, folder: Path) -> None:
         f"χ² of the mean {chi2['mean']:.2f}{sky_chi2}   ·   residual autocorrelation "
         f"{0.5 * (correlation['x'] + correlation['y']):.2f}{sky_correlation}"
     )
+    whitened = result.metrics.get("whitened_chi2")
+    if whitened is not None:
+        subtitle += f"   ·   whitened χ² of a draw {whitened['draws']:.2f}"
     plot.summary(
         result.samples,
         result.likelihood,
@@ -287,6 +290,7 @@ def run_record(
         "guidance": repr(result.guidance),
         "sampler": repr(result.sampler),
         "prior": prior_record(result.prior, prior),
+        "noise_model": None if problem.noise_model is None else problem.report["noise"],
         "inferred": {
             "scale": float(torch.as_tensor(result.prior.scale).double().mean()),
             "offset": float(torch.as_tensor(result.prior.offset).double().mean()),

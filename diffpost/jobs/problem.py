@@ -6,7 +6,8 @@ The model is an image x of K x K pixels per image pixel on a grid with a margin 
 
 so that light from just outside scatters in and nothing wraps around.  The margin holds 90% of the
 PSF's flux on each side, and the sides are rounded up to what the prior's network can take.  The
-margin and pixels without data have infinite variance.
+margin and pixels without data have infinite variance.  Under a noise model, which knows whole frames only, the
+operator ends in a crop to the cutout instead, and no pixel of that may be masked.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from diffpost.io.fits import (
 )
 from diffpost.io.units import is_surface_brightness
 from diffpost.io.wcs import regrid_header, sky_to_pixel
-from diffpost.jobs.noise import deviation_of, expected_flux, noise_of
+from diffpost.jobs.noise import deviation_of, expected_flux, noise_of, poisson_variance
+from diffpost.jobs.noise_model import noise_model_of, on_top, refuse_masked
 from diffpost.jobs.psf import Psf, oversampling_of, prepare_psf
 from diffpost.jobs.scale import SmoothedPeak, infer_scale
 from diffpost.jobs.target import Scene, read_scene, sky_noise
+from diffpost.learned_noise import LearnedNoise
 
 __all__ = ["Grid", "ImageLike", "Problem", "prepare"]
 
@@ -87,6 +90,7 @@ class Problem:
     header: of the cutout, at the sampling of the data; unit: its BUNIT.
     corner: zero-based (x, y) in the image of the first pixel of the cutout.
     notes: everything worth telling, in order; report: the same in numbers.
+    noise_model: the noise where it is learned; then std is the root of its variance.
     """
 
     data: Array
@@ -102,6 +106,7 @@ class Problem:
     pixel_scale: float | None
     notes: tuple[str, ...]
     report: dict[str, Any] = field(default_factory=dict)
+    noise_model: LearnedNoise | None = None
 
     @property
     def seen(self) -> Mask:
@@ -210,6 +215,8 @@ def prepare(
     exptime: float | None = None,
     psf_error: float = 0.0,
     scale: float | SmoothedPeak | None = None,
+    noise_model: str | os.PathLike[str] | LearnedNoise | None = None,
+    sky_std: float | None = None,
 ) -> Problem:
     """Read, check and describe a target; the arguments are those of `diffpost.deconvolve.deconvolve`.
 
@@ -221,6 +228,12 @@ def prepare(
         raise ValueError(f"got oversample = {oversample}; expected an integer of at least 1")
     if noise is not None and weight is not None:
         raise ValueError("got a noise and a weight; give one of them")
+    if noise_model is not None and (noise is not None or weight is not None):
+        raise ValueError(
+            "got a noise model and also a Gaussian noise or a weight; the model is the whole of the noise: give one"
+        )
+    if noise_model is None and sky_std is not None:
+        raise ValueError("got a sky_std without a noise model to scale; give noise_model too")
     whole = _image(image, "image", hdu=hdu, plane=plane)
     notes = list(whole.notes)
     if not np.isfinite(whole.data).any():
@@ -266,10 +279,16 @@ def prepare(
     scene = read_scene(around, (x - wx, y - wy), background=background)
     notes += scene.notes
 
-    source = _noise_source(noise, whole)
-    if weight is not None:
-        source = deviation_of(_companion(weight, "weight map", whole))
-    given, report = noise_of(source, whole, (wx, wy), around, scene, exptime, notes)
+    learned: LearnedNoise | None = None
+    if noise_model is not None:
+        off = around - scene.background
+        learned, report = noise_model_of(noise_model, sky_std, whole.unit, off, scene.sky, notes)
+        given = np.full(around.shape, math.sqrt(learned.own_variance))
+    else:
+        source = _noise_source(noise, whole)
+        if weight is not None:
+            source = deviation_of(_companion(weight, "weight map", whole))
+        given, report = noise_of(source, whole, (wx, wy), around, scene, exptime, notes)
     inner = _window(x0 - wx, y0 - wy, width, height)
     level = inner(scene.background, 0.0)
     std = inner(given, np.inf)
@@ -278,7 +297,16 @@ def prepare(
     residual = cut.data - level
     if not (math.isfinite(psf_error) and psf_error >= 0):
         raise ValueError(f"got psf_error = {psf_error}; expected a fraction such as 0.01")
+    extra = np.zeros(std.shape)
+    if learned is not None:
+        extra, seconds = poisson_variance(residual, whole, exptime)
+        if seconds is not None:
+            notes.append(
+                f"noise: the sources' Poisson noise was added for {seconds:.6g} s of {whole.unit}"
+            )
+        std = np.sqrt(std**2 + extra)
     if psf_error:
+        extra = extra + (psf_error * expected_flux(residual)) ** 2
         std = np.hypot(std, psf_error * expected_flux(residual))
         notes.append(
             f"noise: {100 * psf_error:g}% of the local flux was added in quadrature for errors of the PSF"
@@ -304,6 +332,9 @@ def prepare(
             "every pixel of the cutout is masked as a neighbour; centre the cutout on the target or "
             "use --keep-neighbours"
         )
+    if learned is not None:
+        refuse_masked(np.isfinite(std), others)
+        learned = on_top(learned, extra)
     if isinstance(scale, SmoothedPeak) or scale is None:
         flux = {}
     elif not (np.isfinite(scale) and scale > 0):
@@ -339,6 +370,7 @@ def prepare(
         pixel_scale=None if whole.pixel_scale is None else whole.pixel_scale / oversample,
         notes=tuple(notes),
         report=report,
+        noise_model=learned,
     )
     return problem.scaled(scale) if isinstance(scale, SmoothedPeak) else problem
 

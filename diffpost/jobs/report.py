@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["readable", "report"]
 
+_LEAST_ACCEPTANCE, _LEAST_MIXED = 0.1, 0.5
 _STRANGE = 0.05  # share of held-out images; of the draws of such images, fewer ring
 
 
@@ -38,8 +39,12 @@ def report(console: Console, result: DeconvolutionResult, path: Path) -> None:
     table.add_row("reduced χ² of a draw", number(chi2["draws"]), f"1.00 ± {error}", sky)
     error, sky = number(correlation["expected_std"]), number(correlation["sky"])
     for axis in ("x", "y"):
-        found = number(correlation[axis])
-        table.add_row(f"residual correlation in {axis}", found, f"0.00 ± {error}", sky)
+        found, expected = number(correlation[axis]), number(correlation["expected"][axis])
+        table.add_row(f"residual correlation in {axis}", found, f"{expected} ± {error}", sky)
+    whitened = metrics.get("whitened_chi2")
+    if whitened is not None:
+        expected = f"{number(whitened['expected'])} ± {number(whitened['expected_std'])}"
+        table.add_row("whitened χ² of a draw", number(whitened["draws"]), expected, "")
     spread = "" if flux["std"] is None else f" ± {flux['std']:.2g}"
     table.add_row("flux of the model", f"{flux['mean']:.5g}{spread}", result.problem.unit or "", "")
     table.add_row("the same, blurred, over data", f"{flux['model_over_data']:.4f}", "1", "")
@@ -54,6 +59,24 @@ def report(console: Console, result: DeconvolutionResult, path: Path) -> None:
             f"\n[yellow]The result is unlike what the prior was trained on[/yellow]: p = {share}. Its error bars "
             "may be wrong (docs/misspecification.md)."
         )
+    chain = metrics.get("chain")
+    if chain is not None:
+        moves = " + ".join(str(level["moves"]) for level in chain["levels"])
+        console.print(
+            f"\nChains of {moves} moves: acceptance {chain['acceptance']:.2f} (worst "
+            f"{chain['acceptance_min']:.2f}), step {chain['step_size']:.2g} of a fresh draw."
+        )
+        kept = chain["flux_within_between"]
+        if kept is not None and kept < _LEAST_MIXED:
+            console.print(
+                f"The flux scatters within a chain by {kept:.2f} of what it does between chains: it is nearly as the "
+                "stage before left it, and more --moves change it further."
+            )
+        if chain["acceptance"] < _LEAST_ACCEPTANCE:
+            console.print(
+                "[yellow]Hardly a move was accepted[/yellow], so the draws are those of the Gaussian surrogate: "
+                "take more --moves, or Gaussian noise."
+            )
     yardstick = max(chi2["sky"] or 1.0, 0.1)
     worst = chi2["mean"] if chi2["target"] is None else chi2["target"]
     if worst > 3 * yardstick:

@@ -141,7 +141,7 @@ def prepare_noise(
         values = values / np.array([deviation[str(f)] for f in stamps.fields])[:, None, None]
     inner = values[~out]
     mean, std = float(inner.mean()), float(inner.std())
-    values = ((values - mean) / std).astype(np.float32)[:, None]
+    scaled = ((values - mean) / std).astype(np.float32)[:, None]
     scale = float(np.median([deviation[n] for n in names if n not in kept])) if per_field else std
     if abs(mean) > 0.1 * std:
         warned.append(
@@ -153,7 +153,7 @@ def prepare_noise(
             f"the fields' standard deviations go from {min(deviation.values()):.4g} to {max(deviation.values()):.4g}: "
             "the model is of a mixture of depths. With --per-field it is of one, and its scale is yours to give"
         )
-    turned = isotropy(values[~out, 0], seed)
+    turned = isotropy(scaled[~out, 0], seed)
     unit = stamps.unit or "the unit of the stamps"
     told += [
         f"{int((~out).sum())} stamps of {len(names) - len(kept)} fields to train on, {int(out.sum())} of "
@@ -174,8 +174,8 @@ def prepare_noise(
         "warnings": warned,
     }
     return NoiseData(
-        values[~out],
-        values[out],
+        scaled[~out],
+        scaled[out],
         stamps.fields[out],
         scale,
         turned,

@@ -338,6 +338,9 @@ class Scaled(LinearOperator):
     ) -> Tensor | None:
         return self._times(self.operator.near_spectrum(input_shape, power, grid), self.factor**2)
 
+    def near_gram(self, input_shape: Shape, power: Tensor | None = None) -> Tensor | None:
+        return self._times(self.operator.near_gram(input_shape, power), self.factor**2)
+
     def near_transfer(self, input_shape: Shape, grid: tuple[int, int]) -> Tensor | None:
         return self._times(self.operator.near_transfer(input_shape, grid), self.factor)
 
