@@ -241,6 +241,10 @@ def reconstruct_lens(
         raise ValueError(
             "got an oversample of the image; rays are set by `oversample` in the model"
         )
+    if target.get("noise_model") is not None:
+        raise ValueError(
+            "got a noise_model; lenses are reconstructed under Gaussian noise: give noise or weight"
+        )
     problem = prepare(
         image, psf, noise, **{"background": "none", "keep_neighbours": True, **target}
     )
