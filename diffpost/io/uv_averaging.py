@@ -57,7 +57,12 @@ class Smearing:
 
 
 def averaged(
-    data: VisibilityData, *, seconds: float = 0.0, channels: int = 1, radius: float
+    data: VisibilityData,
+    *,
+    seconds: float = 0.0,
+    channels: int = 1,
+    radius: float,
+    interval: NDArray[np.int64] | None = None,
 ) -> tuple[VisibilityData, Smearing]:
     """The data averaged in time and frequency, baseline by baseline.
 
@@ -67,6 +72,8 @@ def averaged(
         after each gap.
     channels: how many neighbouring channels (of the file's numbers) become one.
     radius: arcsec from the phase centre to which the bound is stated.
+    interval: (m,) number of the interval of each visibility, instead of `seconds`, such as `physics.scan_numbers` gives. It is the same
+        for all baselines, and so are the times of the averages, which closures need.
 
     Raises
     ------
@@ -80,6 +87,11 @@ def averaged(
     if baseline is None:
         raise ValueError(
             "averaged: the data do not tell antennas, so baselines cannot be told apart"
+        )
+    if interval is not None and (seconds > 0 or np.shape(interval) != (len(data),)):
+        raise ValueError(
+            f"averaged: got intervals of shape {np.shape(interval)} and {seconds} seconds; expected a number for each of {len(data)} "
+            "visibilities, and 0 seconds"
         )
     if seconds > 0 and data.time is None:
         raise ValueError("averaged: the data have no times; average channels only (0 seconds)")
@@ -97,7 +109,11 @@ def averaged(
     new = np.ones(m, dtype=bool)
     p, c, t = pair[order], channel[order], time[order]
     series = np.r_[True, (np.diff(p) != 0) | (np.diff(c) != 0)]
-    if seconds > 0:
+    if interval is not None:
+        order = np.lexsort((time, interval, channel, pair))
+        p, c, k = pair[order], channel[order], np.asarray(interval)[order]
+        new = np.r_[True, (np.diff(p) != 0) | (np.diff(c) != 0) | (np.diff(k) != 0)]
+    elif seconds > 0:
         new = _intervals(t, series, seconds)
     elif data.time is not None:
         new = series | np.r_[True, np.diff(t) != 0]
@@ -121,6 +137,10 @@ def averaged(
     bound = 2 * np.pi**2 * (radius * _ARCSEC) ** 2 * spread
     at = np.empty(n, dtype=np.int64)
     at[group[order[::-1]]] = order[::-1]  # the first of each
+    middle = mean(data.time)
+    if interval is not None and data.time is not None:
+        _, label = np.unique(interval, return_inverse=True)
+        middle = (np.bincount(label, data.time) / np.bincount(label))[label[at]]
     out = replace(
         data,
         u=u,
@@ -130,15 +150,16 @@ def averaged(
         weight=weight,
         antenna1=first[at],
         antenna2=second[at],
-        time=mean(data.time),
+        time=middle,
         exposure=_span(group, n, time, data.exposure, data.channel),
         frequency=mean(data.frequency),
         channel=None if data.channel is None else channel[at],
         bandwidth=_band(group, n, data.frequency, data.bandwidth),
     )
     told = Smearing(radius, m, n, float(bound.max()), float((weight * bound).sum() / weight.sum()))
+    length = f"{seconds:g} s" if interval is None else "given intervals"
     note = (
-        f"averaged {m} visibilities to {n} ({seconds:g} s, {channels} channel(s)): a source {radius:.3g} arcsec from the phase "
+        f"averaged {m} visibilities to {n} ({length}, {channels} channel(s)): a source {radius:.3g} arcsec from the phase "
         f"centre loses at most {told.largest:.2g} of its amplitude ({told.typical:.1g} as a rule)"
     )
     return out.told(note), told

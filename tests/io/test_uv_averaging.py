@@ -174,3 +174,25 @@ def test_far_neighbours_are_no_pairs() -> None:
 def _rows(data: VisibilityData) -> dict:
     names = ("u", "v", "vis", "weight", "antenna1", "antenna2", "time", "exposure", "frequency", "channel", "bandwidth")  # fmt: skip
     return {name: getattr(data, name) for name in names}
+
+
+def test_intervals_that_all_baselines_share() -> None:
+    """A baseline that begins late has the same intervals and times as the others; its own, by seconds."""
+    data = observation(times=12, channels=1, antennas=3, noise=1.0)
+    late = (data.antenna1 == 0) & (data.antenna2 == 1) & (data.time < 59000 + 15 / 86400)
+    data = data.select(~late)
+    number = np.floor((data.time - 59000) * 86400 / 40 + 0.01).astype(np.int64)
+    out, told = averaged(data, radius=1.0, interval=number)
+    assert told.after == 9 and len(np.unique(out.time)) == 3
+    assert "given intervals" in out.notes[-1]
+    first = (data.antenna1 == 0) & (data.antenna2 == 1) & (number == 0)
+    mine = (out.antenna1 == 0) & (out.antenna2 == 1) & (out.time == out.time.min())
+    assert first.sum() == 2 and mine.sum() == 1
+    assert out.weight[mine][0] == pytest.approx(data.weight[first].sum())
+    assert out.vis[mine][0] == pytest.approx(np.average(data.vis[first], weights=data.weight[first]))  # fmt: skip
+    apart, _ = averaged(data, radius=1.0, seconds=40)
+    assert len(np.unique(apart.time)) > 3
+    with pytest.raises(ValueError, match="0 seconds"):
+        averaged(data, radius=1.0, seconds=40, interval=number)
+    with pytest.raises(ValueError, match="intervals of shape"):
+        averaged(data, radius=1.0, interval=number[1:])
