@@ -31,6 +31,7 @@ def arguments_of(title: str, out: str, restarts: int) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=None)
     parser.add_argument("--restarts", type=int, default=restarts)
+    parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--resume", action="store_true", help="Go on with an interrupted run.")
@@ -64,8 +65,9 @@ def reconstruct(
         draws=arguments.draws,
         warmup=arguments.warmup,
         restarts=arguments.restarts,
+        turns=arguments.turns,
         seed=arguments.seed,
-        batch_size=4,
+        batch_size=16,
         checkpoint=folder.start(resume=arguments.resume),
         title=title,
         announce=print,

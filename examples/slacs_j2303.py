@@ -19,7 +19,7 @@ from diffpost.lens import LensResult
 NAME = "slacs2303+1422"
 MODEL = {
     "pixel": 0.05,
-    "mask": {"inner": 0.8, "outer": 2.3},
+    "mask": {"inner": 0.8, "outer": 2.6},
     "oversample": 1,
     "bin": 2,
     "source": {"size": 32, "pixel": 0.05},
