@@ -29,7 +29,15 @@ from diffpost.instrument import NonFiniteError
 from diffpost.oracles import AsNetwork, FieldOracle, gaussian_field
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
-from diffpost.samplers import DPMSolver, EulerMaruyama, Heun, PredictorCorrector, Sampler
+from diffpost.samplers import (
+    AdaptiveLevels,
+    DPMSolver,
+    EulerMaruyama,
+    FittedLevels,
+    Heun,
+    PredictorCorrector,
+    Sampler,
+)
 
 
 def error_spectra(oracle: FieldOracle) -> SpectralCovariance:
@@ -64,6 +72,17 @@ SAMPLERS: dict[str, Sampler] = {
     "DPMSolver(32, eta=1)": DPMSolver(32, eta=1.0),
 }
 
+FEWER: dict[str, Sampler] = {
+    "DPMSolver(24)": DPMSolver(24),
+    "DPMSolver(24, eta=1)": DPMSolver(24, eta=1.0),
+    "FittedLevels(DPMSolver(24, eta=1))": FittedLevels(DPMSolver(24, eta=1.0)),
+    "DPMSolver(16)": DPMSolver(16),
+    "DPMSolver(16, eta=1)": DPMSolver(16, eta=1.0),
+    "FittedLevels(DPMSolver(16, eta=1))": FittedLevels(DPMSolver(16, eta=1.0)),
+    "FittedLevels(DPMSolver(12))": FittedLevels(DPMSolver(12)),
+    "AdaptiveLevels(DPMSolver(2), rtol=0.02)": AdaptiveLevels(DPMSolver(2), rtol=0.02),
+}
+
 
 def cases(oracle: FieldOracle) -> Iterator[tuple[str, str, Posterior, Sampler]]:
     """Names of guidance and sampler, and what they stand for."""
@@ -81,6 +100,8 @@ def cases(oracle: FieldOracle) -> Iterator[tuple[str, str, Posterior, Sampler]]:
     for guidance_name, guidance in guidances.items():
         for sampler_name, sampler in SAMPLERS.items():
             yield guidance_name, sampler_name, oracle.posterior(guidance), sampler
+    for sampler_name, sampler in FEWER.items():
+        yield "in fewer calls: `MomentMatching()`", sampler_name, oracle.posterior(), sampler
     yield "`DPS()`", "EulerMaruyama(1000)", oracle.posterior(DPS()), EulerMaruyama(1000)
     spectra = error_spectra(oracle)
     network = AsNetwork(oracle.prior)
