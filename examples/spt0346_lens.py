@@ -9,8 +9,7 @@ Data as in examples/spt0346.py. An isothermal ellipsoid in external shear before
 the visibilities by their sufficient statistic (`diffpost.physics.compress`), which is exact. First chains see a Gaussian of
 sources, then source and lens take turns under the prior itself, as in `diffpost lens --turns`. Beside it stands the fit of
 the same lens to ALMA's data at 345 GHz by visilens' authors (Hezaveh et al. 2013, ApJ 767, 132), as their examples give it.
-The search for the mode begins at their ellipse, with three shears; begun at draws of the prior, it needs many restarts
-: six ended in a mode of a far lower evidence.
+The search for the mode begins at their ellipse, with three shears; from draws of the prior it needs many restarts.
 """
 
 from __future__ import annotations
