@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffpost.io.uv import VisibilityData, read_visibilities
 from diffpost.io.uv_averaging import averaged, recalibrated
+from diffpost.jobs.primary_beam import primary_beam_on
 from diffpost.likelihood import Likelihood
 from diffpost.noise import GaussianNoise
 from diffpost.operator import LinearOperator
@@ -121,7 +122,7 @@ def prepare_imaging(
     average: tuple[float, int] | None = None,
     recalibrate: str | None = None,
     systematic: float = 0.0,
-    primary_beam: float | None = None,
+    primary_beam: float | str | os.PathLike[str] | None = None,
     scale: float | None = None,
 ) -> ImagingProblem:
     """Read visibilities and lay the grid.
@@ -135,7 +136,8 @@ def prepare_imaging(
     average: (seconds, channels) to average over; None for not.
     recalibrate: "common" divides the weights by one factor measured from neighbours in time, "baseline" by one a baseline.
     systematic: error of each visibility as a share of its amplitude, from calibration, added to its noise as if independent.
-    primary_beam: full width at half power, arcsec; 0 for none; None for the file's, if it tells one.
+    primary_beam: full width at half power, arcsec, or a FITS map (`diffpost.jobs.primary_beam`); 0 for none; None for the
+        file's, if it tells one.
     scale: Jy per pixel that the prior calls 1.
 
     Raises
@@ -187,17 +189,19 @@ def prepare_imaging(
         data = replace(data, weight=1 / variance).told(
             f"a systematic error of {systematic:.2%} of each amplitude was added to its noise"
         )
-    width = data.primary_beam if primary_beam is None else (primary_beam or None)
-    beam = None if width is None else _gaussian(grid, width)
-    report["primary_beam"] = width
+    given = data.primary_beam if primary_beam is None else primary_beam
+    beam, told = None, ""
+    if given is not None and str(given).strip() not in ("0", "0.0"):
+        beam, told = primary_beam_on(grid, given)
+    report["primary_beam"] = told or None
     operator, bare = operators(data, grid, beam)
     notes = list(data.notes)
     notes.append(
         f"image: {size} x {size} pixels of {cell:g} arcsec; the longest baseline resolves "
         f"{1 / (data.longest * _ARCSEC):.3g} arcsec; noise of the dirty image {data.noise:.3g} Jy/beam"
     )
-    if beam is not None:
-        notes.append(f"primary beam: a Gaussian of {width:.4g} arcsec (full width at half power), not less than {float(np.min(beam)):.3f} here")  # fmt: skip
+    if told:
+        notes.append(told)
     if data.w is not None:
         from diffpost.physics.visibilities import w_phase
 
@@ -249,16 +253,6 @@ def dirty_beam(problem: ImagingProblem) -> tuple[Array, Grid]:
     ones = torch.zeros(len(problem.data), 2, dtype=torch.float64)
     ones[:, 0] = 1.0
     return dirty_image(shifted, ones), grid
-
-
-def _gaussian(grid: Grid, width: float) -> Array:
-    if not (math.isfinite(width) and width > 0):
-        raise ValueError(
-            f"got a primary beam of {width} arcsec; expected a positive width, or 0 for none"
-        )
-    x, y = grid.coordinates()
-    found: Array = torch.exp(-4 * math.log(2) * (x**2 + y**2) / width**2).numpy()
-    return found
 
 
 Announce = Callable[[str], None]

@@ -347,9 +347,9 @@ PhaseOffset = Annotated[
     ),
 ]
 PrimaryBeam = Annotated[
-    float | None,
+    str | None,
     _option(
-        help="Full width at half power of the antennas' beam, arcsec; 0: none; default: the file's.",
+        help="The antennas' beam: full width at half power, arcsec, or a FITS map; 0: none; default: the file's.",
         panel="Target",
     ),
 ]
