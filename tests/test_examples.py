@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,15 +16,6 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 _FOLDER = Path(__file__).parents[1] / "examples"
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_oracle_table_is_made() -> None:
@@ -76,7 +67,7 @@ def test_the_benchmarks_resume_and_write_their_tables(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     "DIFFPOST_DATA" not in os.environ, reason="set DIFFPOST_DATA to the folder of real data"
 )
-def test_hsc_comes_closer_to_hst_than_richardson_lucy() -> None:
+def test_hsc_comes_closer_to_hst_than_richardson_lucy(example: Callable[[str], ModuleType]) -> None:
     """Galaxy B of docs/deconvolution.md, two draws, against 100 iterations; the data as the control."""
     hsc = example("hsc_galaxies")
     field = hsc.read_field()

@@ -316,6 +316,9 @@ def test_averaging_and_weights_reach_the_record(vis: Path, tmp_path: Path) -> No
     x, y = problem.grid.coordinates()
     half = np.exp(-4 * np.log(2) * float(x[3, 4] ** 2 + y[3, 4] ** 2) / 25)
     assert problem.primary_beam[3, 4] == pytest.approx(half)
+    assert problem.report["primary_beam"] == 5.0
+    none = prepare_imaging(vis, cell=CELL, size=SIZE, primary_beam="0.00")
+    assert none.primary_beam is None and none.report["primary_beam"] is None
     words = " ".join(problem.notes)
     assert "weights divided by" in words
     assert "loses at most" in words

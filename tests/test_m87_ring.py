@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 
-def measure():
-    path = Path(__file__).parents[1] / "examples" / "m87_ring.py"
-    spec = importlib.util.spec_from_file_location("m87_ring", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["m87_ring"] = module
-    spec.loader.exec_module(module)
-    return module.ring
-
-
 @pytest.mark.parametrize(("diameter", "angle"), [(42.0, 170.0), (36.0, 300.0)])
-def test_a_known_ring_is_measured(diameter: float, angle: float) -> None:
+def test_a_known_ring_is_measured(example, diameter: float, angle: float) -> None:
     """4 uas pixels, 10 uas thick, off the middle: the diameter to half a pixel, the angle to 5 degrees."""
     n, pixel = 32, 4.0
     y, x = (np.mgrid[:n, :n] - (n - 1) / 2) * pixel
@@ -29,7 +15,7 @@ def test_a_known_ring_is_measured(diameter: float, angle: float) -> None:
     radius, place = np.hypot(x, y), np.arctan2(-x, y)  # x to the west
     image = np.exp(-0.5 * ((radius - diameter / 2) / 4.2) ** 2)
     image *= 1 + 0.5 * np.cos(place - np.radians(angle))
-    found, position, scatter = measure()(image, pixel)
+    found, position, scatter = example("m87_ring").ring(image, pixel)
     assert found == pytest.approx(diameter, abs=2.0)
     assert abs((position - angle + 180) % 360 - 180) < 5
     assert scatter < 0.08

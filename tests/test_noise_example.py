@@ -4,9 +4,9 @@ runs on a small noise model.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,21 +17,12 @@ import torch
 from diffpost.io.stamps import Stamps
 from diffpost.jobs.train_noise import train_noise
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "learned_noise.py"
-
-
-def loaded(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_example", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+Example = Callable[[str], ModuleType]
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return loaded(SCRIPT)
+def script(example: Example) -> ModuleType:
+    return example("learned_noise")
 
 
 def test_a_disc_has_its_flux_its_place_and_half_of_it_within_its_radius(script: ModuleType) -> None:
@@ -87,7 +78,9 @@ def test_the_example_runs_and_finds_white_noise_in_correlated_noise_too_sure(
 
 
 @pytest.mark.slow
-def test_the_galaxy_under_four_noises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_galaxy_under_four_noises(
+    example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A small cutout, a noise model that is nearly white, few draws: four results, and a picture of them."""
     from diffpost.io.checkpoints import save_prior
     from diffpost.io.datasets import DatasetUnavailable, fetch
@@ -95,7 +88,7 @@ def test_the_galaxy_under_four_noises(tmp_path: Path, monkeypatch: pytest.Monkey
     from diffpost.networks.precondition import NetworkScore
     from diffpost.sde import EDM
 
-    galaxy = loaded(SCRIPT.with_name("learned_noise_galaxy.py"))
+    galaxy = example("learned_noise_galaxy")
     try:
         fetch(galaxy.FIELD)
     except DatasetUnavailable as why:

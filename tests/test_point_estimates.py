@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +12,8 @@ from diffpost.physics import Grid, Visibilities
 
 
 @pytest.fixture(scope="module")
-def estimates():
-    path = Path(__file__).parents[1] / "examples" / "point_estimates.py"
-    spec = importlib.util.spec_from_file_location("point_estimates", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["point_estimates"] = module
-    spec.loader.exec_module(module)
-    return module
+def estimates(example):
+    return example("point_estimates")
 
 
 @pytest.fixture(scope="module")

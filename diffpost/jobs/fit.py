@@ -28,11 +28,18 @@ def _on_cutout(data: Tensor, problem: Problem, grid: Grid) -> Tensor:
 
 def residuals(likelihood: Likelihood, x: Tensor, problem: Problem, grid: Grid) -> Array:
     """(B, h, w) residuals in sigma, NaN where there is no data."""
+    return _in_sigma(_raw(likelihood, x), problem, grid)
+
+
+def _raw(likelihood: Likelihood, x: Tensor) -> Tensor:
     with torch.no_grad():
-        found = likelihood.residual(x.to(likelihood.y.dtype))
-    raw = _on_cutout(found, problem, grid).double().numpy()
+        return likelihood.residual(x.to(likelihood.y.dtype))
+
+
+def _in_sigma(raw: Tensor, problem: Problem, grid: Grid) -> Array:
+    values = _on_cutout(raw, problem, grid).double().numpy()
     seen = problem.seen
-    out: Array = np.where(seen, raw / np.where(seen, problem.std, 1.0), np.nan)
+    out: Array = np.where(seen, values / np.where(seen, problem.std, 1.0), np.nan)
     return out
 
 
@@ -49,15 +56,21 @@ def fit_metrics(
     """
     seen = problem.seen
     n = int(seen.sum())
-    mean = residuals(likelihood, draws.mean[None], problem, grid)[0]
+    noise = problem.noise_model
+    mean_raw = _raw(likelihood, draws.mean[None])
+    mean = _in_sigma(mean_raw, problem, grid)[0]
     each = []
+    each_raw = []
     modelled = []
     k = problem.oversample
     inside = torch.from_numpy(np.kron(seen, np.ones((k, k))))
     through = np.zeros(seen.shape)
     square = np.zeros(seen.shape)
     for row in draws.x.split(8):
-        part = residuals(likelihood, row, problem, grid)
+        raw = _raw(likelihood, row)
+        if noise is not None:
+            each_raw.append(raw)
+        part = _in_sigma(raw, problem, grid)
         each += [float(np.nanmean(r**2)) for r in part]
         deviation = np.nan_to_num(part - mean)
         through += deviation.sum(0)
@@ -72,7 +85,6 @@ def fit_metrics(
     image = _on_cutout(blurred, problem, grid)[0].double().numpy()
     source = problem.scene.target & seen
     sky = problem.report.get("sky", {})
-    noise = problem.noise_model
     known = {"chi2_std": (2 / n) ** 0.5, "x": 0.0, "y": 0.0}
     if noise is not None:
         known = expectations(noise, likelihood.data_shape)
@@ -102,10 +114,7 @@ def fit_metrics(
         },
     }
     if noise is not None:
-        with torch.no_grad():
-            of_mean = likelihood.residual(draws.mean[None].to(likelihood.y.dtype))
-            each_raw = torch.cat([likelihood.residual(row) for row in draws.x.split(8)])
-        metrics["whitened_chi2"] = judged(noise, of_mean, each_raw)
+        metrics["whitened_chi2"] = judged(noise, mean_raw, torch.cat(each_raw))
     return metrics
 
 

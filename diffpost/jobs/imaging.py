@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffpost.io.uv import VisibilityData, read_visibilities
 from diffpost.io.uv_averaging import averaged, recalibrated
-from diffpost.jobs.primary_beam import primary_beam_on
+from diffpost.jobs.primary_beam import beam_width, primary_beam_on
 from diffpost.likelihood import Likelihood
 from diffpost.noise import GaussianNoise
 from diffpost.operator import LinearOperator
@@ -190,10 +190,13 @@ def prepare_imaging(
             f"a systematic error of {systematic:.2%} of each amplitude was added to its noise"
         )
     given = data.primary_beam if primary_beam is None else primary_beam
+    width = None if given is None else beam_width(given)
     beam, told = None, ""
-    if given is not None and str(given).strip() not in ("0", "0.0"):
+    if given is not None and width != 0:
         beam, told = primary_beam_on(grid, given)
-    report["primary_beam"] = told or None
+        report["primary_beam"] = str(given) if width is None else width
+    else:
+        report["primary_beam"] = None
     operator, bare = operators(data, grid, beam)
     notes = list(data.notes)
     notes.append(

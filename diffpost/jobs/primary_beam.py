@@ -12,7 +12,7 @@ from scipy.ndimage import map_coordinates
 
 from diffpost.physics.grid import Grid
 
-__all__ = ["primary_beam_on"]
+__all__ = ["beam_width", "primary_beam_on"]
 
 Array = NDArray[np.float64]
 
@@ -31,7 +31,7 @@ def primary_beam_on(grid: Grid, beam: float | str | os.PathLike[str]) -> tuple[A
     ValueError: a width that is not positive, or a map that is rotated, has no scale, does not cover the image, or holds
         values that are no response.
     """
-    width = _number(beam)
+    width = beam_width(beam)
     if width is None:
         factors = _mapped(grid, beam)
         told = f"of {os.path.basename(os.fspath(str(beam)))}"
@@ -46,7 +46,8 @@ def primary_beam_on(grid: Grid, beam: float | str | os.PathLike[str]) -> tuple[A
     return factors, f"primary beam: {told}, not less than {float(np.min(factors)):.3f} here"
 
 
-def _number(beam: float | str | os.PathLike[str]) -> float | None:
+def beam_width(beam: float | str | os.PathLike[str]) -> float | None:
+    """The width that a beam is given by, arcsec, or None if it is a map."""
     try:
         return float(beam)  # type: ignore[arg-type]
     except (TypeError, ValueError):

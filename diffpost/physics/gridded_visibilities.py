@@ -32,7 +32,7 @@ from diffpost.likelihood import Likelihood
 from diffpost.noise import GaussianNoise
 from diffpost.operators.base import LinearOperator, Parameter, Shape, numel
 from diffpost.physics.grid import Grid
-from diffpost.physics.visibilities import ARCSEC, PrimaryBeam, Visibilities
+from diffpost.physics.visibilities import ARCSEC, PrimaryBeam, Visibilities, sky_matrix
 
 __all__ = ["CellScatter", "GriddedVisibilities", "GriddingError"]
 
@@ -355,7 +355,5 @@ def _wavelengths(k: list[Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
     """u, v of frequencies of the rows and columns, in cycles over the image."""
     (ny, nx), step = grid.shape, ARCSEC * grid.pixel
     down, right = k[0].double() / (ny * step), k[1].double() / (nx * step)
-    (east_x, east_y), (north_x, north_y) = (
-        ((-1.0, 0.0), (0.0, 1.0)) if grid.sky is None else grid.sky.matrix
-    )
+    (east_x, east_y), (north_x, north_y) = sky_matrix(grid)
     return east_x * right + east_y * down, north_x * right + north_y * down

@@ -108,7 +108,7 @@ class Visibilities(LinearOperator):
     @staticmethod
     def _angles(u: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Radians by which the phase turns from one row, and from one column, to the next: each (m,)."""
-        (east_x, east_y), (north_x, north_y) = _sky_matrix(grid)
+        (east_x, east_y), (north_x, north_y) = sky_matrix(grid)
         step = 2 * math.pi * ARCSEC * grid.pixel
         rows = step * (u * east_y + v * north_y)
         columns = step * (u * east_x + v * north_x)
@@ -360,7 +360,8 @@ class NormalOperator(LinearOperator):
         return matrix
 
 
-def _sky_matrix(grid: Grid) -> tuple[tuple[float, float], tuple[float, float]]:
+def sky_matrix(grid: Grid) -> tuple[tuple[float, float], tuple[float, float]]:
+    """East and north in terms of the grid's x and y: ((east_x, east_y), (north_x, north_y))."""
     return ((-1.0, 0.0), (0.0, 1.0)) if grid.sky is None else grid.sky.matrix
 
 

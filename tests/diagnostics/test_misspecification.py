@@ -5,10 +5,9 @@ Seeds are fixed. Where a rate is tested, the chance that a right implementation 
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -168,14 +167,8 @@ def galaxies() -> dp.ScoreModel:
 
 
 @pytest.fixture(scope="module")
-def roc() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "misspecification_roc.py"
-    spec = importlib.util.spec_from_file_location("misspecification_roc", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def roc(example: Callable[[str], ModuleType]) -> ModuleType:
+    return example("misspecification_roc")
 
 
 def hst(name: str, row: int, column: int, size: int) -> Tensor:
