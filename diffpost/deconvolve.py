@@ -44,7 +44,7 @@ from diffpost.jobs.fit import chain_metrics, fit_metrics, residuals
 from diffpost.jobs.problem import Grid, ImageLike, Problem, prepare
 from diffpost.jobs.setup import Setup, set_up
 from diffpost.likelihood import Likelihood
-from diffpost.noise import GaussianNoise, has_gaussian_noise
+from diffpost.noise import GaussianNoise
 from diffpost.operator import Convolve, Crop, LinearOperator, PixelBin
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
@@ -76,7 +76,7 @@ def default_inference(
     ValueError: moves for Gaussian noise, or fewer than 4.
     """
     start: Sampler = sampler_of(steps)
-    if has_gaussian_noise(likelihood.noise):
+    if likelihood.noise.is_gaussian:
         if moves is not None:
             raise ValueError(
                 f"got {moves} moves of a chain, which learned noise ends in; Gaussian noise needs none: leave them out, "

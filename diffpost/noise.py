@@ -23,7 +23,7 @@ from torch import Tensor
 from diffpost.gaussian import Dense, Independent, Stationary, standard_deviation
 from diffpost.operators.base import Shape, as_double, numel
 
-__all__ = ["BlockNoise", "GaussianNoise", "Noise", "has_gaussian_noise"]
+__all__ = ["BlockNoise", "GaussianNoise", "Noise"]
 
 
 class Noise(ABC):
@@ -61,6 +61,11 @@ class Noise(ABC):
     @abstractmethod
     def variance(self) -> Tensor:
         """Variance of each datum, float64, broadcastable to the data; infinite where masked."""
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether residuals are Gaussian, whatever their covariance."""
+        return False
 
     def log_ratio(self, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """log p(end) - log p(start) of residuals (B, *data), and the estimate of its error; both (B,) float64.
@@ -205,6 +210,10 @@ class GaussianNoise(Noise):
         )
 
     @property
+    def is_gaussian(self) -> bool:
+        return True
+
+    @property
     def variance(self) -> Tensor:
         return self._model.variance
 
@@ -295,6 +304,10 @@ class BlockNoise(Noise):
             noise.check((shape[0], *part))
 
     @property
+    def is_gaussian(self) -> bool:
+        return all(noise.is_gaussian for noise in self.noises)
+
+    @property
     def size(self) -> int:
         return sum(self.sizes)
 
@@ -347,7 +360,7 @@ class BlockNoise(Noise):
         return value, error
 
     def surrogate(self, shape: Shape) -> BlockNoise:
-        if has_gaussian_noise(self):
+        if self.is_gaussian:
             return self
         parts = zip(self.noises, self.shapes, strict=True)
         return BlockNoise([noise.surrogate(part) for noise, part in parts], self.shapes)
@@ -407,10 +420,3 @@ class BlockNoise(Noise):
     def select(self, ids: Tensor, shape: Shape) -> BlockNoise:
         chosen = [n.select(ids, s) for n, s in zip(self.noises, self.shapes, strict=True)]
         return BlockNoise(chosen, self.shapes)
-
-
-def has_gaussian_noise(noise: object) -> bool:
-    """Whether noise is Gaussian, all blocks of it."""
-    if isinstance(noise, BlockNoise):
-        return all(has_gaussian_noise(part) for part in noise.noises)
-    return isinstance(noise, GaussianNoise)

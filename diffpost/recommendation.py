@@ -23,7 +23,6 @@ from diffpost.guidance import Guidance, choose
 from diffpost.guidance.choice import tabulated
 from diffpost.likelihood import Likelihood
 from diffpost.networks.denoising_error import covariance_from_table, denoising_error
-from diffpost.noise import has_gaussian_noise
 from diffpost.operators.base import LinearOperator
 from diffpost.posterior import Posterior
 from diffpost.sample import sample
@@ -167,7 +166,7 @@ def _particles(
     few = _FEW_ANALYTIC if prior.analytic else _FEW_NETWORK
     if isinstance(prior, GaussianScore) and linear:
         return None  # moment matching is exact
-    if not has_gaussian_noise(likelihood.noise):
+    if not likelihood.noise.is_gaussian:
         return None
     if count > few:
         reasons.append(
@@ -229,7 +228,7 @@ def _solver(posterior: Posterior, seed: int, reasons: list[str]) -> tuple[Sample
             f"{_STEPS} steps with noise re-injected, which forgets the errors of earlier steps: {_PILOT_DRAWS} draws "
             f"of a pilot reach the data, reduced chi2 {reduced:.3g}"
         )
-    if prior.analytic and not exact and has_gaussian_noise(likelihood.noise):
+    if prior.analytic and not exact and likelihood.noise.is_gaussian:
         reasons.append(
             "evaluations are cheap, so chains of 60 moves after it repair what moment matching gets wrong locally; "
             "they do not move draws between modes"

@@ -24,17 +24,11 @@ from torch import Tensor
 
 import diffpost as dp
 from diffpost.deconvolve import default_inference
+from diffpost.jobs.instruments import gaussian_psf
 from diffpost.random import normal
 from diffpost.training_config import TrainConfig
 
 BANDS = ((0.0, 1e9), (0.0, 4.0), (4.0, 12.0), (12.0, 1e9))  # cycles per frame
-
-
-def gaussian_psf(sigma: float) -> Tensor:
-    r = int(4 * sigma) + 1
-    profile = torch.exp(-0.5 * (torch.arange(-r, r + 1) / sigma) ** 2)
-    psf = torch.outer(profile, profile)
-    return psf / psf.sum()
 
 
 def ratios(truth: Tensor, x: Tensor) -> list[tuple[float, float]]:

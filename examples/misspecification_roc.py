@@ -41,6 +41,7 @@ from diffpost.diagnostics.misspecification import (
 )
 from diffpost.io.checkpoints import shipped_priors
 from diffpost.io.images import ImageSource
+from diffpost.jobs.instruments import gaussian_psf
 from diffpost.random import normal, uniform
 from diffpost.training_config import TrainConfig
 from diffpost.training_data import CropStream
@@ -190,13 +191,6 @@ def write(folder: Path, reference: HeldOutReference, count: int) -> None:
 
 
 # Judging ---------------------------------------------------------------------------------------
-
-
-def gaussian_psf(sigma: float) -> Tensor:
-    r = int(4 * sigma) + 1
-    profile = torch.exp(-0.5 * (torch.arange(-r, r + 1) / sigma) ** 2)
-    psf = torch.outer(profile, profile)
-    return psf / psf.sum()
 
 
 Judged = tuple[Tensor, Tensor]  # a statistic for the ROC curve, and whether the alarm rings

@@ -12,7 +12,7 @@ from diffpost.likelihood import Likelihood
 from diffpost.line_integral import integral_between
 from diffpost.networks import build_network
 from diffpost.networks.precondition import NetworkScore
-from diffpost.noise import BlockNoise, GaussianNoise, has_gaussian_noise
+from diffpost.noise import BlockNoise, GaussianNoise
 from diffpost.noise_flow import Perturbation
 from diffpost.operator import Convolve, Identity
 from diffpost.operators.base import Operator
@@ -368,7 +368,7 @@ def test_the_line_refines_only_where_needed():
 def test_joint_data():
     parts = [LearnedNoise(FIELD, steps=24), GaussianNoise(std=2.0)]
     noise = BlockNoise(parts, [SHAPE, (3,)])
-    assert not has_gaussian_noise(noise) and has_gaussian_noise(noise.surrogate((M + 3,)))
+    assert not noise.is_gaussian and noise.surrogate((M + 3,)).is_gaussian
     r, other = rand(2, M + 3, seed=1), rand(2, M + 3, seed=2)
     exact = BlockNoise([EXACT, parts[1]], [SHAPE, (3,)])
     torch.testing.assert_close(noise.score(r), exact.score(r), rtol=1e-7, atol=1e-7)

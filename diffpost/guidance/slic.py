@@ -23,7 +23,6 @@ from diffpost.guidance.choice import choose
 from diffpost.guidance.gain import finest_std
 from diffpost.learned_noise import LearnedNoise
 from diffpost.likelihood import Likelihood
-from diffpost.noise import has_gaussian_noise
 from diffpost.noise_flow import Perturbation
 from diffpost.operators.base import LinearOperator, on_grid
 from diffpost.score import ScoreModel
@@ -137,7 +136,7 @@ class SLIC(Guidance):
         residual = likelihood.residual(u)
         noise = likelihood.noise
         if not isinstance(noise, LearnedNoise):
-            if has_gaussian_noise(noise) or self.warm is None:
+            if noise.is_gaussian or self.warm is None:
                 raise ValueError(
                     f"SLIC: got {noise!r}; expected LearnedNoise. For Gaussian noise take MomentMatching; for joint data "
                     "of both kinds SLIC(warm=MomentMatching()), and MALA after it."
@@ -181,7 +180,7 @@ def with_surrogate(likelihood: Likelihood) -> Likelihood:
     Raises:
         ValueError: a noise that knows none.
     """
-    if has_gaussian_noise(likelihood.noise):
+    if likelihood.noise.is_gaussian:
         return likelihood
     gaussian = likelihood.noise.surrogate(likelihood.data_shape)
     return Likelihood(likelihood.y, likelihood.operator, gaussian, batched=likelihood.batched)
@@ -191,6 +190,6 @@ def default_guidance(prior: ScoreModel, likelihood: Likelihood) -> Guidance:
     """What a posterior takes when no guidance is named: moment matching, with SLIC for its last stage where noise is
     learned.
     """
-    if has_gaussian_noise(likelihood.noise):
+    if likelihood.noise.is_gaussian:
         return choose(prior, likelihood).guidance
     return SLIC(warm=choose(prior, with_surrogate(likelihood)).guidance)

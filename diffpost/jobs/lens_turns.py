@@ -29,7 +29,7 @@ from diffpost.posterior import Posterior
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.score import ScoreModel
 
-__all__ = ["fewest_warmup", "free_parameters", "sample_turns"]
+__all__ = ["free_parameters", "sample_turns", "sweeps_dropped"]
 
 
 def free_parameters(system: LensSystem) -> ParameterPrior | None:
@@ -40,7 +40,7 @@ def free_parameters(system: LensSystem) -> ParameterPrior | None:
     return ParameterPrior({**free, FLUX: 1.0})
 
 
-def fewest_warmup(turns: int) -> int:
+def sweeps_dropped(turns: int) -> int:
     """Sweeps that adapt the moves and are dropped: half as many as are kept, 5 or more."""
     return max(5, turns // 2)
 
@@ -89,7 +89,7 @@ def sample_turns(
     sampler = DPMSolver(32, eta=1.0) if sampler is None else sampler
     values = {name: v.to(scene.y) for name, v in free.values(theta).items()}
     posterior = Posterior(prior, likelihood.at(values), guidance)
-    warmup = fewest_warmup(turns)
+    warmup = sweeps_dropped(turns)
     if announce is not None:
         announce(
             f"{warmup} + {turns} turns of {samples} chains: sources of {prior.shape[-1]}² pixels by {posterior.guidance!r}, "

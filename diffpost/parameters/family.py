@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffpost.likelihood import Likelihood
-from diffpost.noise import Noise, has_gaussian_noise
+from diffpost.noise import Noise
 from diffpost.operator import Identity
 from diffpost.operators.base import LinearOperator, Shape
 from diffpost.parameters.chains import LogDensity
@@ -94,7 +94,7 @@ class ParametricLikelihood:
     """
 
     def __init__(self, y: Tensor, family: OperatorFamily, noise: Noise) -> None:
-        if not has_gaussian_noise(noise):
+        if not noise.is_gaussian:
             raise ValueError(
                 f"ParametricLikelihood: got {noise!r}; expected Gaussian noise, whose covariance the chains use. "
                 "Parameters alone, without an image, have any noise by ModelledData."

@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from diffpost.noise import Noise, has_gaussian_noise
+from diffpost.noise import Noise
 from diffpost.parameters.family import Values
 from diffpost.parameters.prior import ParameterPrior
 
@@ -55,7 +55,7 @@ class ModelledData:
             raise ValueError(
                 "ModelledData: y holds values that are not finite; mask them by the noise"
             )
-        self.gaussian = has_gaussian_noise(noise)
+        self.gaussian = noise.is_gaussian
         if not self.gaussian and not hasattr(noise, "log_ratio"):
             raise ValueError(
                 f"ModelledData: got {noise!r}; expected GaussianNoise or LearnedNoise, which tell differences of log p"

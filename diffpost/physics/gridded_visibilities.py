@@ -110,7 +110,7 @@ class GriddedVisibilities(LinearOperator):
     ) -> None:
         self.exact = Visibilities(u, v, grid, primary_beam)
         self.grid, self.primary_beam = grid, self.exact.primary_beam
-        weights = self.exact._one_weight(weight)
+        weights = self.exact.one_weight(weight)
         self._kept = torch.nonzero(weights > 0)[:, 0]
         if not len(self._kept):
             raise ValueError(
@@ -118,7 +118,7 @@ class GriddedVisibilities(LinearOperator):
             )
         self._weights = weights[self._kept]
         # radians from a row to the next, and from a column to the next
-        angles = [angle[self._kept] for angle in self.exact._points]
+        angles = [angle[self._kept] for angle in self.exact.angles]
         shape = grid.shape
         nearest = [
             torch.round(angle * n / (2 * math.pi)).long()

@@ -69,6 +69,9 @@ class Visibilities(LinearOperator):
         accuracy: of the transform, relative to its largest possible value sum |x|; computed in float64 whatever the
             image is.
 
+    Attributes:
+        angles: radians by which the phase turns from a row to the next and from a column to the next, (m,) each.
+
     Raises:
         ValueError: u and v of different or empty shapes, NaN or infinite; longer than the pixels resolve, with the
             largest pixel that would; so short that they must be in metres; a beam that does not fit; accuracy
@@ -98,7 +101,7 @@ class Visibilities(LinearOperator):
                 f"Visibilities(accuracy={accuracy}): expected 1e-14 to 1e-2, relative to sum |x|."
             )
         self.u, self.v, self.grid, self.accuracy = u, v, grid, float(accuracy)
-        self._points = self._angles(u, v, grid)
+        self.angles = self._angles(u, v, grid)
         self._check_resolved(u, v)
         self.primary_beam = _beam(primary_beam, grid)
         self._factor = None if self.primary_beam is None else Parameter(self.primary_beam)
@@ -115,7 +118,7 @@ class Visibilities(LinearOperator):
         return rows.reshape(-1).contiguous(), columns.reshape(-1).contiguous()
 
     def _check_resolved(self, u: Tensor, v: Tensor) -> None:
-        largest = float(torch.maximum(*(angle.abs().max() for angle in self._points)))
+        largest = float(torch.maximum(*(angle.abs().max() for angle in self.angles)))
         longest = float(torch.hypot(u, v).max())
         if largest > math.pi * (1 + 1e-9):
             cell = self.grid.pixel * math.pi / largest
@@ -132,7 +135,7 @@ class Visibilities(LinearOperator):
 
     def _shift(self) -> Tensor:
         """exp(-i phase of the pixel (ny // 2, nx // 2)), from which finufft counts: (m,) complex."""
-        rows, columns = self._points
+        rows, columns = self.angles
         (ny, nx), (x, y) = self.grid.shape, self.grid.centre
         down = ny // 2 - (ny - 1) / 2 + y / self.grid.pixel
         right = nx // 2 - (nx - 1) / 2 + x / self.grid.pixel
@@ -179,16 +182,21 @@ class Visibilities(LinearOperator):
         Raises:
             ValueError: another shape, or negative or differing weights.
         """
-        w = self._one_weight(weight)
+        w = self.one_weight(weight)
         (ny, nx) = self.grid.shape
-        rows, columns = self._points
+        rows, columns = self.angles
         # differences from -n to n - 1, zero at n: type 1, without the beam and the phase centre
         sums = self._plans.run(
             1, (2 * ny, 2 * nx), rows, columns, w.to(torch.complex128)[None], self.accuracy
         )
         return NormalOperator(torch.fft.ifftshift(sums[0].real), self.primary_beam, self.grid)
 
-    def _one_weight(self, weight: Tensor) -> Tensor:
+    def one_weight(self, weight: Tensor) -> Tensor:
+        """The weight of each visibility, (m,) float64, of one for all, one for each, or two for each that agree.
+
+        Raises:
+            ValueError: another shape, parts that differ, negative, NaN or infinite.
+        """
         w = torch.as_tensor(weight).double()
         if tuple(w.shape) == self.data_shape:
             if not torch.allclose(w[..., 0], w[..., 1], rtol=1e-6, atol=0.0):
@@ -207,7 +215,7 @@ class Visibilities(LinearOperator):
 
     def _run(self, value: Tensor, adjoint: bool) -> Tensor:
         """The transform or its adjoint, in float64, back in the dtype of the value."""
-        rows, columns = (angle.to(value.device) for angle in self._points)
+        rows, columns = (angle.to(value.device) for angle in self.angles)
         phase = torch.view_as_complex(self._phase.like(value.double()))
         beam = None if self._factor is None else self._factor.like(value.double())
         shape = self.grid.shape

@@ -31,7 +31,6 @@ from torch import Tensor
 from diffpost.instrument import Probe
 from diffpost.likelihood import Likelihood
 from diffpost.linalg import filtered
-from diffpost.noise import has_gaussian_noise
 from diffpost.operators.base import LinearOperator
 from diffpost.posterior import Posterior
 from diffpost.samplers.base import CLEAN, NoiseSource, Sampler, State, run_down
@@ -187,7 +186,7 @@ def conditions(
             f"{name} got {model!r}; expected a Posterior, whose prior and exact likelihood it uses. Sample a "
             "model without data by another sampler."
         )
-    if not any_noise and not has_gaussian_noise(model.data.noise):
+    if not any_noise and not model.data.noise.is_gaussian:
         raise ValueError(
             f"{name} got the noise {model.data.noise!r}; expected Gaussian noise, whose covariance its moves "
             "use. MALA and Langevin take any noise."

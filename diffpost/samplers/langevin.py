@@ -40,7 +40,6 @@ from diffpost.guidance.base import per_entry
 from diffpost.guidance.slic import with_surrogate
 from diffpost.likelihood import Likelihood
 from diffpost.line_integral import nodes, refined
-from diffpost.noise import has_gaussian_noise
 from diffpost.samplers.base import NoiseSource, Sampler, State
 from diffpost.samplers.chain import (
     BEGIN,
@@ -192,7 +191,7 @@ def evaluate(
 ) -> Point:
     """The point at u, where the score is known; ``likelihood`` where its noise may not be the reference's."""
     residual = reference.likelihood.residual(u)
-    if likelihood is not None and not has_gaussian_noise(likelihood.noise):
+    if likelihood is not None and not likelihood.noise.is_gaussian:
         pull = -reference.linear.adjoint(likelihood.noise.score(residual))
         shift = reference.update(reference.apply(score + pull), torch.zeros_like(residual))
         return Point(u, score, shift, reference.embed(shift), residual)
@@ -355,7 +354,7 @@ class MALA(_LangevinChain):
         u = proposal(point, reference, size, noise)
         line = Line(prior, t, point, u)
         new = evaluate(reference, u, line.end, likelihood)
-        gaussian, doubt = has_gaussian_noise(likelihood.noise), torch.zeros_like(size)
+        gaussian, doubt = likelihood.noise.is_gaussian, torch.zeros_like(size)
         rest = log_ratio(point, new, reference, size, gaussian)
         if not gaussian:
             fit, doubt = likelihood.noise.log_ratio(point.residual, new.residual)
