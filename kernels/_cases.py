@@ -5,6 +5,7 @@ Tensors are float32 and aligned to 16 bytes, lengths multiples of 16.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from diffpost.kernels import (
@@ -16,9 +17,10 @@ from diffpost.kernels import (
 )
 from diffpost.kernels._compile import Case
 
-__all__ = ["cases"]
+__all__ = ["cases", "half_cases"]
 
 _TENSOR, _LENGTH = "*fp32:16", "i32:16"
+_SUMS = ("mean", "rstd", "sums")
 
 
 def cases() -> list[Case]:
@@ -30,6 +32,18 @@ def cases() -> list[Case]:
         *_convolved_residual(),
         *_ray_shoot(),
     ]
+
+
+def half_cases() -> list[Case]:
+    """Those that take half precision, in bfloat16; what they sum up is float32."""
+    made = []
+    for case in (*_group_norm_silu(bytes_each=2), *_pixel_norm_silu()):
+        arguments = {
+            name: "*bf16:16" if value == _TENSOR and name not in _SUMS else value
+            for name, value in case.arguments.items()
+        }
+        made.append(dataclasses.replace(case, name=f"{case.name}, bfloat16", arguments=arguments))
+    return made
 
 
 def _sde_step() -> list[Case]:
@@ -59,14 +73,14 @@ def _sde_step() -> list[Case]:
     ]
 
 
-def _group_norm_silu() -> list[Case]:
-    """As launched for float32 and 4 channels in a group: one tile, and several, with and without extras."""
+def _group_norm_silu(bytes_each: int = 4) -> list[Case]:
+    """As launched for 4 channels in a group: one tile, and several, with and without extras."""
     tensor, number = _TENSOR, _LENGTH
     made = []
     for pixels in (32 * 32, 64 * 64):
         for full in (True, False):
             constants: dict[str, Any] = group_norm_silu._tiling(64, 16, pixels)
-            threads = group_norm_silu._threads(constants)
+            threads = group_norm_silu._threads(constants, bytes_each)
             kind = f"{'one tile' if constants['ONE'] else 'tiles'}{', residual and shift' if full else ''}"
             elements = constants["CG"] * constants["TILE"]
             numbers = {"channels": number, "groups": number, "pixels": number, "SCALE": 0.5}

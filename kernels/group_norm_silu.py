@@ -300,8 +300,10 @@ def _tiling(channels: int, groups: int, pixels: int) -> dict[str, int | bool]:
     return {"CG": wide, "TILE": tile, "ONE": pixels <= tile}
 
 
-def _threads(tiling: dict[str, int | bool]) -> int:
-    return min(512, max(32, tiling["CG"] * tiling["TILE"] // _EACH))
+def _threads(tiling: dict[str, int | bool], bytes_each: int = 4) -> int:
+    """Half precision has as many bytes of a thread; with 512 threads, ptxas spills its backward to keep 64 registers."""
+    each = _EACH * max(1, 4 // bytes_each)
+    return min(512, max(32, tiling["CG"] * tiling["TILE"] // each))
 
 
 @triton_op("diffpost::group_norm_silu")
@@ -354,7 +356,7 @@ def _group_norm_silu(
         RESIDUAL=residual is not None,
         SHIFT=shift is not None,
         **tiling,
-        num_warps=warps(_threads(tiling)),
+        num_warps=warps(_threads(tiling, x.element_size())),
     )
     return out, total, mean, rstd
 
@@ -417,7 +419,7 @@ def _group_norm_silu_backward(
         PASSED=passed is not None,
         SHIFT=shift is not None,
         **tiling,
-        num_warps=warps(_threads(tiling)),
+        num_warps=warps(_threads(tiling, x.element_size())),
     )
     return out, sums
 

@@ -1,0 +1,187 @@
+"""The cost of lensed sources, and of a lens and its source together, in units of a draw of the prior alone.
+
+    pytest tests/benchmarks/test_lens_draws.py --benchmark-only
+
+``extra_info`` holds the ratios, of calls timed in pairs in one process, and how memory grows with the source. Nothing here
+asserts a time.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import diffpost as dp
+from diffpost.parameters import (
+    HMC,
+    Circular,
+    Evidence,
+    GaussianImage,
+    Normal,
+    ParameterPrior,
+    ParametricLikelihood,
+    Uniform,
+    sample_blocked,
+    sample_collapsed,
+)
+from diffpost.physics import Grid, Lens, LensFamily
+from diffpost.random import normal
+
+caustics = pytest.importorskip("caustics", reason="pip install caustics")
+
+COSMOLOGY = caustics.FlatLambdaCDM(name="cosmology")
+NOISE, DRAWS = 0.05, 8
+SAMPLER = dp.DPMSolver(24, eta=1.0)
+PRIOR = ParameterPrior(
+    {
+        "main.x0": Normal(0.0, 0.08),
+        "main.y0": Normal(0.0, 0.08),
+        "main.q": Uniform(0.5, 0.95),
+        "main.phi": Circular(math.pi),
+        "main.Rein": Normal(1.3, 0.1),
+        "shear.gamma_1": Normal(0.0, 0.04),
+        "shear.gamma_2": Normal(0.0, 0.04),
+    }
+)
+TRUTH = torch.tensor([[0.02, -0.03, 0.75, 0.6, 1.3, 0.03, -0.02]], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[dp.ScoreModel, ParametricLikelihood]:
+    """A draw of `galaxies-32` through an isothermal ellipsoid in shear, on 64 x 64 pixels behind a PSF."""
+    parts = [
+        caustics.SIE(COSMOLOGY, name="main"),
+        caustics.ExternalShear(COSMOLOGY, name="shear", x0=0.0, y0=0.0),
+    ]
+    mass = caustics.SinglePlane(COSMOLOGY, parts, name="mass")
+    offsets = torch.arange(7, dtype=torch.float64) - 3
+    psf = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / 2)
+    lens = Lens(mass, Grid(64, pixel=0.08), Grid(32, pixel=0.06))
+    family = LensFamily(lens, dp.Convolve(psf / psf.sum()))
+    prior = dp.load_prior("galaxies-32")
+    source = dp.sample(prior, 1, SAMPLER, seed=3, progress=False).x.double()
+    clean = family.apply(PRIOR.values(TRUTH), source)
+    y = clean + NOISE * normal(4, torch.arange(1), 0, tuple(clean.shape[1:]), torch.float64)
+    return prior, ParametricLikelihood(y[0], family, dp.GaussianNoise(std=NOISE))
+
+
+def test_source_draw(benchmark, ratio, scene) -> None:
+    """Sources through a known lens, over as many draws of the prior with as many network calls."""
+    prior, likelihood = scene
+    posterior = dp.Posterior(prior, likelihood.at(PRIOR.values(TRUTH.expand(DRAWS, -1))))
+
+    def source() -> dp.Samples:
+        return dp.sample(posterior, DRAWS, SAMPLER, seed=0, progress=False)
+
+    def free() -> dp.Samples:
+        return dp.sample(prior, DRAWS, SAMPLER, seed=0, progress=False)
+
+    draws = source()
+    benchmark.group = "source"
+    benchmark.extra_info["calls, VJPs"] = (draws.calls, round(draws.vjps))
+    benchmark.extra_info["posterior / prior draw"] = round(ratio(source, free), 2)
+    benchmark.pedantic(source, rounds=2)
+
+
+def test_turn(benchmark, ratio, scene) -> None:
+    """A turn of source and lens over a source draw alone, by the time that more turns take."""
+    prior, likelihood = scene
+    posterior = dp.Posterior(prior, likelihood.at(PRIOR.values(TRUTH.expand(DRAWS, -1))))
+
+    def turns(count: int) -> None:
+        sample_blocked(
+            likelihood,
+            PRIOR,
+            prior,
+            TRUTH.expand(DRAWS, -1),
+            sweeps=count,
+            warmup=1,
+            sampler=SAMPLER,
+            progress=False,
+        )
+
+    def source() -> dp.Samples:
+        return dp.sample(posterior, DRAWS, SAMPLER, seed=0, progress=False)
+
+    benchmark.group = "turn"
+    more, fewer = ratio(lambda: turns(3), source), ratio(lambda: turns(1), source)
+    benchmark.extra_info["turn / source draw"] = round((more - fewer) / 2, 2)
+    benchmark.pedantic(lambda: turns(1), rounds=1)
+
+
+def test_marginalised_lens(benchmark, ratio, scene) -> None:
+    """An effective draw of the lens' parameters with a Gaussian of sources marginalised, over a source draw."""
+    prior, likelihood = scene
+    posterior = dp.Posterior(prior, likelihood.at(PRIOR.values(TRUTH.expand(DRAWS, -1))))
+    images = dp.sample(prior, 256, dp.DPMSolver(16, eta=1.0), seed=5, progress=False).x
+    evidence = Evidence(likelihood, PRIOR, GaussianImage.from_draws(images.double(), share=0.98))
+    found = []
+
+    def lens() -> None:
+        found.append(
+            sample_collapsed(
+                evidence,
+                HMC(draws=30, warmup=30),
+                chains=2,
+                start=TRUTH.expand(2, -1),
+                images=0,
+                progress=False,
+            )
+        )
+
+    def source() -> dp.Samples:
+        return dp.sample(posterior, DRAWS, SAMPLER, seed=0, progress=False)
+
+    benchmark.group = "marginalised"
+    costs = ratio(lens, source, pairs=1) * DRAWS
+    effective = float(found[-1].ess.min())
+    benchmark.extra_info["least effective draws of 60"] = round(effective, 1)
+    benchmark.extra_info["effective draw, warm-up told, / source draw"] = round(
+        costs / effective, 2
+    )
+    benchmark.pedantic(source, rounds=1)
+
+
+_MEMORY = """
+import resource, sys
+import torch, caustics
+import diffpost as dp
+from diffpost.physics import Grid, Lens
+side, network = int(sys.argv[1]), sys.argv[2] == "network"
+torch.set_num_threads(1)
+cosmology = caustics.FlatLambdaCDM(name="cosmology")
+sie = caustics.SIE(cosmology, x0=0.0, y0=0.0, q=0.75, phi=0.4, Rein=1.25)
+lens = Lens(sie, Grid(2 * side, pixel=2.5 / side, oversample=2), Grid(side, pixel=2.4 / side))
+prior = dp.load_prior("galaxies-64").with_shape((1, side, side))
+if network:
+    posterior = dp.Posterior(prior, dp.Likelihood(torch.zeros(1, 2 * side, 2 * side), lens, dp.GaussianNoise(std=0.05)))
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dp.sample(posterior, 4, dp.DPMSolver(2, eta=1.0), progress=False)
+else:
+    base = 0
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
+"""
+
+
+@pytest.mark.parametrize("what", ["matrix", "network"])
+def test_memory(benchmark, what: str) -> None:
+    """Peak memory of a batch of four source draws beyond what was held before it, or of all that is built before it, for
+    sources of 64, 128 and 256 pixels a side, each in a process of its own.
+    """
+
+    def peak(side: int) -> float:
+        command = [sys.executable, "-c", _MEMORY, str(side), what]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    sizes = (64, 128, 256)
+    found = [peak(side) for side in sizes]
+    benchmark.group = f"memory, {what}"
+    benchmark.extra_info["MiB"] = dict(zip(sizes, map(round, found), strict=True))
+    benchmark.extra_info["growth, 64 to 256, per pixel"] = round(
+        math.log(found[2] / found[0]) / math.log(16), 2
+    )
+    benchmark.pedantic(lambda: None, rounds=1)
