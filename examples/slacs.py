@@ -1,4 +1,4 @@
-"""What the scripts of the SLACS lenses share: arguments, the run, and the table beside the published lens."""
+"""What the scripts of real lenses share: arguments, the run, and the table beside the published SLACS lens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffpost.jobs.problem import ImageLike
 from diffpost.lens import LensResult, reconstruct_lens
 from diffpost.plot.lens_summary import lens_summary
 
-__all__ = ["arguments_of", "part", "reconstruct", "report", "table"]
+__all__ = ["arguments_of", "parser_of", "part", "reconstruct", "report", "run", "table"]
 
 Published = Mapping[str, tuple[float, float, float]]
 """Value and 68% errors, plus and minus, by quantity."""
 
 
-def arguments_of(title: str, out: str, restarts: int) -> argparse.Namespace:
-    """Of the command line."""
+def parser_of(title: str, out: str, restarts: int) -> argparse.ArgumentParser:
+    """Of the arguments that every lens has."""
     parser = argparse.ArgumentParser(description=f"{title}, end to end.")
     parser.add_argument("--prior", default="galaxies-32")
     parser.add_argument("--samples", type=int, default=16)
@@ -35,6 +35,12 @@ def arguments_of(title: str, out: str, restarts: int) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--resume", action="store_true", help="Go on with an interrupted run.")
+    return parser
+
+
+def arguments_of(title: str, out: str, restarts: int) -> argparse.Namespace:
+    """Of the command line."""
+    parser = parser_of(title, out, restarts)
     parser.add_argument("--picture", type=Path, help="Also draw the summary into this file.")
     return parser.parse_args()
 
@@ -44,19 +50,22 @@ def part(name: str, which: str) -> Path:
     return fetch(f"{name}-{which}")
 
 
-def reconstruct(
+def run(
     arguments: argparse.Namespace,
+    out: Path,
     title: str,
-    name: str,
-    model: Mapping[str, Any],
+    data: ImageLike,
+    psf: ImageLike,
     noise: ImageLike,
+    model: Mapping[str, Any],
+    **more: Any,
 ) -> LensResult:
-    """Runs the job and writes what it found."""
-    folder = OutputFolder(arguments.out)
+    """Runs the job as the arguments say, and more of `reconstruct_lens`; writes what it found into the folder `out`."""
+    folder = OutputFolder(out)
     folder.check(resume=arguments.resume)
     result = reconstruct_lens(
-        part(name, "data"),
-        part(name, "psf"),
+        data,
+        psf,
         noise,
         model=model,
         prior=arguments.prior,
@@ -71,8 +80,23 @@ def reconstruct(
         checkpoint=folder.start(resume=arguments.resume),
         title=title,
         announce=print,
+        **more,
     )
     write_lens(folder, result)
+    return result
+
+
+def reconstruct(
+    arguments: argparse.Namespace,
+    title: str,
+    name: str,
+    model: Mapping[str, Any],
+    noise: ImageLike,
+) -> LensResult:
+    """Runs the job and writes what it found."""
+    result = run(
+        arguments, arguments.out, title, part(name, "data"), part(name, "psf"), noise, model
+    )
     if arguments.picture is not None:
         lens_summary(result, arguments.picture)
     return result
