@@ -60,6 +60,7 @@ _LEVELS = (0.2, 0.67, 2.0, 6.7, 13.0)  # in units of the images' rms
 _PAIRS = 1  # of noise z and -z
 FEWEST = 20  # images of a reference
 _TINY = 1e-30
+_STREAM = 24_950  # of the noise, away from that of samplers, which is in draws of the same seed
 
 
 @final
@@ -359,7 +360,7 @@ def _features(
             t = sde.t_of_nsr(torch.tensor(level, dtype=torch.float64, device=x.device))
             square = torch.zeros(clean.shape, dtype=torch.float64, device=x.device)
             for pair in range(_PAIRS):
-                z = normal(seed, part, step, tuple(x.shape[1:]), stream=pair).to(clean)
+                z = normal(seed, part, step, tuple(x.shape[1:]), stream=_STREAM + pair).to(clean)
                 for noise in (z, -z):
                     error = clean - prior.denoise(sde.perturb(clean, t, noise), t)
                     square += error.double().square() / (2 * _PAIRS)

@@ -201,13 +201,15 @@ def fitted(nsr: Tensor, answer: Tensor, steps: int) -> tuple[float, ...]:
         low = bottom
     low = max(low, bottom)
     high = min(max(high, low + 1.0), top)
+    # Three digits for what was estimated, so that rounding errors do not tell one run from another.
+    low, high = (math.log(float(f"{math.exp(end):.3g}")) for end in (low, high))
+    low, high = max(low, bottom), min(high, top)
     rest = steps - 1
     if top - high <= (high - low) / max(rest - 1, 1):  # no longer than a step: nothing to skip
         levels = torch.linspace(top, low, steps, dtype=torch.float64)
     else:
         levels = torch.cat([places[:1], torch.linspace(high, low, rest, dtype=torch.float64)])
-    # Three digits for what was estimated, so that rounding errors do not tell one run from another.
-    inner = [float(f"{level:.3g}") for level in levels.exp().tolist()[1:]]
+    inner = levels.exp().tolist()[1:]
     return (float(nsr[0]), *inner[:-1], max(inner[-1], float(nsr[-1])))
 
 

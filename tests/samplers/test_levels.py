@@ -1,5 +1,6 @@
 """Levels fitted to a posterior, and levels by an error estimate, against closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -100,6 +101,8 @@ def test_levels_follow_the_scales():
     steps = -torch.tensor(levels[1:], dtype=F64).log().diff()
     assert float(steps.max() / steps.min()) < 1.05
     # nothing to skip: one uniform grid between the ends
+    many = fitted(nsr, answer, 2000)  # all different, and the same ends
+    assert all(a > b for a, b in itertools.pairwise(many)) and many[1] == levels[1]
     wide = fitted(
         nsr, torch.tensor([1e4, 1e-6]) / (torch.tensor([1e4, 1e-6]) + nsr[:, None] ** 2), 20
     )
