@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, final
@@ -37,7 +36,8 @@ __all__ = [
 
 MatVec = Callable[[Tensor], Tensor]
 
-_DELAY = 10  # steps whose progress stands for the error that is left
+# The progress of the last fifth of the steps, at least 4, stands for the error left before them.
+_LEAST, _SHARE = 4, 5
 
 
 @final
@@ -161,7 +161,7 @@ def cg(
         x0: (B, ...) where to start; None is 0.
         energy: an entry is done as well when its error in the energy norm, (e^T A e)^1/2, is about this
             share of what it was at the start. Every step lowers its square by a known amount (Hestenes &
-            Stiefel 1952, theorem 6:1), and the last ten steps' sum is taken for what was left before them
+            Stiefel 1952, theorem 6:1), and the last fifth's sum, of four steps or more, is taken for what was left before them
             (Strakos & Tichy 2002, ETNA 13, 56): a lower bound, which a slow tail exceeds. For the gain
             (I + B B^T)^-1 r of a Gaussian update B^T (I + B B^T)^-1 r, this norm bounds the update's error
             in standard deviations of what is updated, summed over its modes.
@@ -195,9 +195,7 @@ def cg(
     rz = _dot(r, z)
     iterations = 0
     settled = torch.zeros_like(active)
-    # What the last steps and all of them lowered the squared energy norm of the error by.
-    lowered: deque[Tensor] = deque(maxlen=_DELAY)
-    total = torch.zeros_like(rz)
+    lowered = [torch.zeros_like(rz)]  # the squared energy norm of the error, in all after each step
     while iterations < max_iter and bool(active.any()):
         ap = matvec(p)
         iterations += 1
@@ -212,11 +210,11 @@ def cg(
         r = torch.where(_wide(active, b), r - _wide(step, b) * ap, r)
         residual = torch.where(active, _norm(r), residual)
         if energy is not None:
-            lowered.append(step * rz)
-            total = total + lowered[-1]
-            if len(lowered) == _DELAY:
-                left = torch.stack(tuple(lowered)).sum(0)
-                settled = settled | (active & (left <= energy**2 * total))
+            lowered.append(lowered[-1] + step * rz)
+            behind = max(_LEAST, iterations // _SHARE)
+            if iterations >= behind:
+                left = lowered[-1] - lowered[-1 - behind]
+                settled = settled | (active & (left <= energy**2 * lowered[-1]))
         active = active & (residual > tol) & ~settled
         if not bool(active.any()):
             break
