@@ -174,7 +174,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             f"{verdict['simulations']} × {verdict['samples']}",
         ]
         for test in verdict["tests"]:
-            text = f"{test['p_value']:.2g}"
+            p = test["p_value"]
+            text = f"{p:.2g}" if p > 1e-16 else "<1e-16"
             cells.append(f"**{text}**" if test["rejected"] else text)
         ratio, error = verdict["sizes"]["error_over_spread"]
         cells.append("diverges" if ratio is None else f"{ratio:.2f} ± {error or 0:.2f}")

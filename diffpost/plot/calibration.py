@@ -51,7 +51,7 @@ def coverage(
     named = {"": result} if isinstance(result, Coverage) else dict(result)
     if not 0 < len(named) <= len(_LINES):
         raise ValueError(f"got {len(named)} curves; expected 1 to {len(_LINES)}")
-    below = 0.62 + 0.24 * math.ceil((len(named) + 1) / 3)  # inches, for the legend
+    below = 0.62 + 0.24 * math.ceil((len(named) + 1) / 2)  # inches, for the legend
     figure = new_figure(10.4, 4.75 + below)
     grid = figure.add_gridspec(
         1,
@@ -91,7 +91,7 @@ def coverage(
         frameon=False,
         fontsize=9.5,
         loc="lower left",
-        ncols=3,
+        ncols=2,
         handlelength=1.6,
         bbox_to_anchor=(0.06, 0.0),
     )

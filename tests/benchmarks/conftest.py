@@ -18,6 +18,13 @@ def _seconds(call: Call) -> float:
 
 
 @pytest.fixture(scope="session")
+def asked_for(pytestconfig: pytest.Config) -> None:
+    """For benchmarks of minutes, which a run of the whole suite leaves out."""
+    if not pytestconfig.getoption("benchmark_only"):
+        pytest.skip("takes minutes: pytest --benchmark-only")
+
+
+@pytest.fixture(scope="session")
 def ratio() -> Callable[..., float]:
     """Median of the time of one call over that of another, in pairs after one that warms up."""
 

@@ -32,6 +32,8 @@ from diffpost.random import normal
 
 caustics = pytest.importorskip("caustics", reason="pip install caustics")
 
+pytestmark = pytest.mark.usefixtures("asked_for")
+
 COSMOLOGY = caustics.FlatLambdaCDM(name="cosmology")
 NOISE, DRAWS = 0.05, 8
 SAMPLER = dp.DPMSolver(24, eta=1.0)

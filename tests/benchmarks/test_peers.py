@@ -16,6 +16,8 @@ import torch
 import diffpost as dp
 from diffpost.jobs.instruments import gaussian_psf
 
+pytestmark = pytest.mark.usefixtures("asked_for")
+
 STEPS, BATCH, STD = 6, 2, 0.03
 METHODS = {
     "azula MMPS": ("azula", {"kind": "MMPS"}),
