@@ -94,7 +94,7 @@ class ParametricLikelihood:
     """
 
     def __init__(self, y: Tensor, family: OperatorFamily, noise: Noise) -> None:
-        if not noise.is_gaussian:
+        if not isinstance(noise, Noise) or not noise.is_gaussian:
             raise ValueError(
                 f"ParametricLikelihood: got {noise!r}; expected Gaussian noise, whose covariance the chains use. "
                 "Parameters alone, without an image, have any noise by ModelledData."
