@@ -36,8 +36,8 @@ __all__ = [
 
 MatVec = Callable[[Tensor], Tensor]
 
-# The progress of the last fifth of the steps, at least 4, stands for the error left before them.
-_LEAST, _SHARE = 4, 5
+# The progress of the last fifth of the steps, of 4 to 10, stands for the error left before them.
+_LEAST, _MOST, _SHARE = 4, 10, 5
 
 
 @final
@@ -161,7 +161,7 @@ def cg(
         x0: (B, ...) where to start; None is 0.
         energy: an entry is done as well when its error in the energy norm, (e^T A e)^1/2, is about this
             share of what it was at the start. Every step lowers its square by a known amount (Hestenes &
-            Stiefel 1952, theorem 6:1), and the last fifth's sum, of four steps or more, is taken for what was left before them
+            Stiefel 1952, theorem 6:1), and the last fifth's sum, of four to ten steps, is taken for what was left before them
             (Strakos & Tichy 2002, ETNA 13, 56): a lower bound, which a slow tail exceeds. For the gain
             (I + B B^T)^-1 r of a Gaussian update B^T (I + B B^T)^-1 r, this norm bounds the update's error
             in standard deviations of what is updated, summed over its modes.
@@ -211,7 +211,7 @@ def cg(
         residual = torch.where(active, _norm(r), residual)
         if energy is not None:
             lowered.append(lowered[-1] + step * rz)
-            behind = max(_LEAST, iterations // _SHARE)
+            behind = min(max(_LEAST, iterations // _SHARE), _MOST)
             if iterations >= behind:
                 left = lowered[-1] - lowered[-1 - behind]
                 settled = settled | (active & (left <= energy**2 * lowered[-1]))
