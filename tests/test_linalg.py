@@ -205,6 +205,21 @@ def test_bad_arguments(solver, kwargs, match):
         gmres(product(systems()), rand(4, 30), tol=1e-3, restart=0)
 
 
+def test_a_slow_solve_is_not_asked_for_more_than_a_window(monkeypatch):
+    """Eigenvalues over six decades: the window that stops it is of ten steps, not a share of all."""
+    values = torch.logspace(-6, 0, 800, dtype=torch.float64)
+    b = values.sqrt()[None]
+
+    def steps():
+        return cg(lambda v: values * v, b, tol=1e-12, max_iter=2000, energy=0.02).iterations
+
+    found = steps()
+    monkeypatch.setattr("diffpost.linalg._LEAST", 10)
+    assert 60 < found <= steps()
+    monkeypatch.setattr("diffpost.linalg._MOST", 10**6)
+    assert steps() > 1.05 * found
+
+
 def test_energy_norm_stops_each_entry_on_its_own():
     """The error in the energy norm is within the share asked, and what an entry gets is its own affair."""
     a, b = systems(condition=1e5), rand(4, 30, seed=1)
