@@ -195,7 +195,8 @@ def cg(
     rz = _dot(r, z)
     iterations = 0
     settled = torch.zeros_like(active)
-    lowered = [torch.zeros_like(rz)]  # the squared energy norm of the error, in all after each step
+    # By what the steps so far have lowered the squared energy norm of the error.
+    lowered = [torch.zeros_like(rz)]
     while iterations < max_iter and bool(active.any()):
         ap = matvec(p)
         iterations += 1

@@ -265,7 +265,7 @@ def deepinv_pair(view: View, std: float, scale: float, offset: float = 0.0) -> t
     """Denoiser, physics and data of images u = offset + x/scale, (B, 1, h, w), as deepinv takes them."""
     import deepinv as peer
 
-    shape = view.shape if len(view.shape) == 3 else (1, 1, view.size)
+    shape = view.image_shape
 
     class Wrapped(torch.nn.Module):
         def forward(self, u: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -314,7 +314,7 @@ def deepinv(
     import deepinv as peer
 
     view = View(problem)
-    shape = view.shape if len(view.shape) == 3 else (1, 1, view.size)
+    shape = view.image_shape
     rng = torch.Generator().manual_seed(seed)
     if kind == "DiffPIR":
         denoiser, physics, y = deepinv_pair(view, problem.std, 2 * reach * problem.bound, 0.5)

@@ -274,8 +274,8 @@ def correlation_matters(found: Found, field: Field, prior: str) -> tuple[float, 
     columns = lens(fine.double() / stand_in.bins**2)[:, 0].numpy()
     noise = np.where(usable(found, field), on_grid(found, field, field.noise), np.inf)
     flux = modes.double().sum((-3, -2, -1)).numpy()
-    scatter = np.where(np.isfinite(noise), noise / field.inflation, 0.0)
-    bare = np.where(np.isfinite(noise), scatter, np.inf)
+    bare = noise / field.inflation
+    scatter = np.where(np.isfinite(noise), bare, 0.0)
     return tuple(honesty(columns, n, scatter, field.correlation, flux) for n in (noise, bare))  # type: ignore[return-value]
 
 

@@ -38,7 +38,6 @@ SERIES = {
     "visibilities": (64, 256, 1024, 4096, 16384),
 }
 CELL = 0.05  # arcsec
-ARCSEC = math.pi / 180 / 3600
 
 
 def normals(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +50,7 @@ def likelihood(kind: str, m: int, truth: torch.Tensor) -> dp.Likelihood:
     if kind == "matrix":
         operator = dp.Matrix(normals(m, size * size) / size, input_shape=(1, size, size))
     elif kind == "visibilities":
-        from diffpost.physics import Visibilities
+        from diffpost.physics.visibilities import ARCSEC, Visibilities
 
         limit = 0.49 / (CELL * ARCSEC)
         uv = (0.3 * limit * normals(2, m).double()).clamp(-limit, limit)

@@ -87,6 +87,11 @@ class View:
         self.y = self.likelihood.y.reshape(1, -1).to(self.prior.dtype)
         self.counter = Counter()
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of one image with its channel, for libraries that take nothing else: a row of pixels for a vector."""
+        return self.shape if len(self.shape) == 3 else (1, 1, self.size)
+
     def image(self, v: Tensor) -> Tensor:
         return v.to(self.prior.dtype).reshape(-1, *self.shape)
 

@@ -326,42 +326,40 @@ def times(options: argparse.Namespace, rounds: int = 3, draws: int = 4, few: int
 # --- tables ---
 
 
-def cells(record: Record, threshold: str, ratio: Callable[[Errors], float | None]) -> list[str]:
-    """Calls + VJPs at a threshold, and their cost over the reference's."""
+def cost(record: Record, threshold: str, vjp: float) -> float | None:
+    """Calls and VJPs of a method at a threshold, in calls; None where it does not get there."""
     steps = record["needed"][threshold]
     if steps is None:
+        return None
+    calls, vjps = record["runs"][str(steps)][:2]
+    return calls + vjp * vjps
+
+
+def cells(record: Record, threshold: str, reference: Record | None, told: Record) -> list[str]:
+    """Calls + VJPs at a threshold and what they cost over the reference's: of time on the field, of evaluations else."""
+    spent = cost(record, threshold, told.get("vjp", 1.0))
+    if spent is None:
         return ["never", ""]
-    run = tuple(record["runs"][str(steps)])
-    over = ratio(run)
-    return [f"{run[0]:.0f} + {run[1]:.0f}", "" if over is None else f"{over:.2g}"]
+    base = None if reference is None else cost(reference, threshold, told.get("vjp", 1.0))
+    over = None if base is None else spent / base
+    if record["problem"] == "field":
+        over = told.get("over reference", {}).get(record["row"], {}).get(threshold)
+    calls, vjps = record["runs"][str(record["needed"][threshold])][:2]
+    return [f"{calls:.0f} + {vjps:.0f}", "" if over is None else f"{over:.2g}"]
 
 
 def table(problem: str, found: dict[tuple[str, str], Record], told: Record) -> list[str]:
     """Markdown, a method a line."""
-    vjp, limits = told.get("vjp", 1.0), THRESHOLDS[problem]
+    limits = THRESHOLDS[problem]
     reference = found.get((problem, REFERENCE[problem]))
-
-    def cost(run: Errors) -> float:
-        return run[0] + vjp * run[1]
-
     lines = [
         "| method | loose: calls + VJPs | cost | strict: calls + VJPs | cost | best |",
         "|" + "---|" * 6,
     ]
-    for row in ROWS:
-        record = found.get((problem, row.name))
-        if record is None:
-            continue
-        line = [row.name + "".join(f", {k} {v}" for k, v in record["chosen"].items())]
+    for record in (found[problem, row.name] for row in ROWS if (problem, row.name) in found):
+        line = [record["row"] + "".join(f", {k} {v}" for k, v in record["chosen"].items())]
         for threshold in limits:
-            base = reference and reference["needed"][threshold]
-
-            def ratio(run: Errors, base: Any = base, threshold: str = threshold) -> float | None:
-                if problem == "field":
-                    return told.get("over reference", {}).get(row.name, {}).get(threshold)  # noqa: B023
-                return cost(run) / cost(reference["runs"][str(base)]) if base else None
-
-            line += cells(record, threshold, ratio)
+            line += cells(record, threshold, reference, told)
         runs = record["runs"].items()
         steps, best = min(runs, key=lambda item: badness(tuple(item[1][3:]), limits["strict"]))
         if problem == "field":

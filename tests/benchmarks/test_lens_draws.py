@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,65 +19,48 @@ import torch
 
 import diffpost as dp
 from diffpost.parameters import (
-    Circular,
     Evidence,
     GaussianImage,
-    Normal,
     ParameterPrior,
     ParametricLikelihood,
-    Uniform,
     sample_blocked,
 )
-from diffpost.physics import Grid, Lens, LensFamily
 from diffpost.random import normal
 
-caustics = pytest.importorskip("caustics", reason="pip install caustics")
+pytest.importorskip("caustics", reason="pip install caustics")
 
 pytestmark = pytest.mark.usefixtures("asked_for")
 
-COSMOLOGY = caustics.FlatLambdaCDM(name="cosmology")
-NOISE, DRAWS = 0.05, 8
+DRAWS = 8
 SAMPLER = dp.DPMSolver(24, eta=1.0)
-PRIOR = ParameterPrior(
-    {
-        "main.x0": Normal(0.0, 0.08),
-        "main.y0": Normal(0.0, 0.08),
-        "main.q": Uniform(0.5, 0.95),
-        "main.phi": Circular(math.pi),
-        "main.Rein": Normal(1.3, 0.1),
-        "shear.gamma_1": Normal(0.0, 0.04),
-        "shear.gamma_2": Normal(0.0, 0.04),
-    }
-)
 TRUTH = torch.tensor([[0.02, -0.03, 0.75, 0.6, 1.3, 0.03, -0.02]], dtype=torch.float64)
+
+Scene = tuple[dp.ScoreModel, ParametricLikelihood, ParameterPrior]
 
 
 @pytest.fixture(scope="module")
-def scene() -> tuple[dp.ScoreModel, ParametricLikelihood]:
-    """A draw of `galaxies-32` through an isothermal ellipsoid in shear, on 64 x 64 pixels behind a PSF."""
-    parts = [
-        caustics.SIE(COSMOLOGY, name="main"),
-        caustics.ExternalShear(COSMOLOGY, name="shear", x0=0.0, y0=0.0),
-    ]
-    mass = caustics.SinglePlane(COSMOLOGY, parts, name="mass")
-    offsets = torch.arange(7, dtype=torch.float64) - 3
-    psf = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / 2)
-    lens = Lens(mass, Grid(64, pixel=0.08), Grid(32, pixel=0.06))
-    family = LensFamily(lens, dp.Convolve(psf / psf.sum()))
+def scene(example) -> Scene:
+    """A draw of `galaxies-32` through the lens of examples/calibration_lenses.py, and the prior of that lens."""
+    lenses = example("calibration_lenses")
+    family, noise = lenses.family(), lenses.NOISE
     prior = dp.load_prior("galaxies-32")
     source = dp.sample(prior, 1, SAMPLER, seed=3, progress=False).x.double()
-    clean = family.apply(PRIOR.values(TRUTH), source)
-    y = clean + NOISE * normal(4, torch.arange(1), 0, tuple(clean.shape[1:]), torch.float64)
-    return prior, ParametricLikelihood(y[0], family, dp.GaussianNoise(std=NOISE))
+    clean = family.apply(lenses.PRIOR.values(TRUTH), source)
+    y = clean + noise * normal(4, torch.arange(1), 0, tuple(clean.shape[1:]), torch.float64)
+    return prior, ParametricLikelihood(y[0], family, dp.GaussianNoise(std=noise)), lenses.PRIOR
 
 
-def test_source_draw(benchmark, ratio, scene) -> None:
+@pytest.fixture(scope="module")
+def source(scene: Scene) -> Callable[[], dp.Samples]:
+    """Draws of the source given the lens."""
+    prior, likelihood, of_lens = scene
+    posterior = dp.Posterior(prior, likelihood.at(of_lens.values(TRUTH.expand(DRAWS, -1))))
+    return lambda: dp.sample(posterior, DRAWS, SAMPLER, seed=0, progress=False)
+
+
+def test_source_draw(benchmark, ratio, scene, source) -> None:
     """Sources through a known lens, over as many draws of the prior with as many network calls."""
-    prior, likelihood = scene
-    posterior = dp.Posterior(prior, likelihood.at(PRIOR.values(TRUTH.expand(DRAWS, -1))))
-
-    def source() -> dp.Samples:
-        return dp.sample(posterior, DRAWS, SAMPLER, seed=0, progress=False)
+    prior, _, _ = scene
 
     def free() -> dp.Samples:
         return dp.sample(prior, DRAWS, SAMPLER, seed=0, progress=False)
@@ -88,15 +72,14 @@ def test_source_draw(benchmark, ratio, scene) -> None:
     benchmark.pedantic(source, rounds=2)
 
 
-def test_turn(benchmark, ratio, scene) -> None:
+def test_turn(benchmark, ratio, scene, source) -> None:
     """A turn of source and lens over a source draw alone, by the time that more turns take."""
-    prior, likelihood = scene
-    posterior = dp.Posterior(prior, likelihood.at(PRIOR.values(TRUTH.expand(DRAWS, -1))))
+    prior, likelihood, of_lens = scene
 
     def turns(count: int) -> None:
         sample_blocked(
             likelihood,
-            PRIOR,
+            of_lens,
             prior,
             TRUTH.expand(DRAWS, -1),
             sweeps=count,
@@ -105,31 +88,24 @@ def test_turn(benchmark, ratio, scene) -> None:
             progress=False,
         )
 
-    def source() -> dp.Samples:
-        return dp.sample(posterior, DRAWS, SAMPLER, seed=0, progress=False)
-
     benchmark.group = "turn"
     more, fewer = ratio(lambda: turns(3), source), ratio(lambda: turns(1), source)
     benchmark.extra_info["turn / source draw"] = round((more - fewer) / 2, 2)
     benchmark.pedantic(lambda: turns(1), rounds=1)
 
 
-def test_marginalised_lens(benchmark, ratio, scene) -> None:
+def test_marginalised_lens(benchmark, ratio, scene, source) -> None:
     """Four leapfrogs of the lens' parameters with a Gaussian of sources marginalised, over a source draw."""
-    prior, likelihood = scene
-    posterior = dp.Posterior(prior, likelihood.at(PRIOR.values(TRUTH.expand(DRAWS, -1))))
+    prior, likelihood, of_lens = scene
     images = dp.sample(prior, 256, dp.DPMSolver(16, eta=1.0), seed=5, progress=False).x
     gaussian = GaussianImage.from_draws(images.double()).truncated(80)  # as the job has
-    evidence = Evidence(likelihood, PRIOR, gaussian)
-    z = PRIOR.unconstrain(TRUTH).expand(DRAWS, -1)
+    evidence = Evidence(likelihood, of_lens, gaussian)
+    z = of_lens.unconstrain(TRUTH).expand(DRAWS, -1)
 
     def move() -> None:
         for _ in range(4):
             start = z.clone().requires_grad_()
             torch.autograd.grad(evidence(start).sum(), start)
-
-    def source() -> dp.Samples:
-        return dp.sample(posterior, DRAWS, SAMPLER, seed=0, progress=False)
 
     benchmark.group = "marginalised"
     benchmark.extra_info["modes"] = len(gaussian.std)
