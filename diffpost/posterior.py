@@ -19,6 +19,7 @@ from torch import Tensor
 from diffpost.guidance.base import Guidance
 from diffpost.guidance.slic import default_guidance
 from diffpost.likelihood import Likelihood
+from diffpost.random import derived_seed
 from diffpost.score import ScoreModel
 
 
@@ -92,6 +93,10 @@ class Posterior(ScoreModel):
         return self._like(
             self.prior.select(ids), self.likelihood.select(ids), self._pulled.select(ids)
         )
+
+    def noise_seed(self, seed: int) -> int:
+        """The same for all data, and another than the prior's."""
+        return derived_seed(self.prior.noise_seed(seed), "posterior")
 
     def with_affine(self, scale: float | Tensor, offset: float | Tensor = 0.0) -> Posterior:
         """The posterior under the prior with another map to physical units; the data stay as they

@@ -20,6 +20,7 @@ A block's four words make four uniforms, or two pairs of normals by Box and Mull
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-__all__ = ["Noise", "normal", "philox4x32", "uniform"]
+__all__ = ["Noise", "derived_seed", "normal", "philox4x32", "uniform"]
+
+EXACT_STREAM = 24_960  # of exact draws, away from that of samplers, which are compared with them
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -162,6 +165,12 @@ class Noise:
             return _draw(self.seed, self.ids, step, shape, like.dtype, like.device, stream, *kind)
 
         return noise
+
+
+def derived_seed(seed: int, *purpose: str | int) -> int:
+    """A 64-bit seed for one purpose, whose numbers have nothing in common with those of `seed`."""
+    text = ":".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 _Words = tuple[Tensor, Tensor, Tensor, Tensor]

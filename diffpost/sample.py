@@ -51,7 +51,8 @@ def sample(
             on row b, whatever the batches.
         n: number of draws.
         sampler: the integrator.
-        seed: of the draws; draw b depends on (seed, b) and not on its neighbours.
+        seed: of the draws; draw b depends on (seed, b) and not on its neighbours. Draws of a posterior
+            have nothing in common with those of its prior at the same seed.
         batch_size: draws computed together, rounded to whole groups of the sampler; None is all of
             them.
         progress: a bar with the time left, on a terminal or in a notebook; nowhere else.
@@ -124,6 +125,7 @@ def describe(model: ScoreModel, n: int, sampler: Sampler, seed: int) -> dict[str
         "diffpost": __version__,
         "n": int(n),
         "seed": int(seed),
+        "noise_seed": model.noise_seed(int(seed)),
         "sampler": type(sampler).__name__,
         "sampler_arguments": {
             f.name: _plain(getattr(sampler, f.name)) for f in dataclasses.fields(sampler)
@@ -155,7 +157,7 @@ def integrate(
 ) -> State:
     """One batch from pure noise to clean images, guarded."""
     watched = counted(model, counter)
-    noise = Noise(seed, ids.to(model.device))
+    noise = Noise(model.noise_seed(seed), ids.to(model.device))
     times = sampler.times(model.sde)
     state = sampler.init(watched, noise.at(0), len(ids))
     every = 1 if state.x.device.type == "cpu" else GUARD_INTERVAL

@@ -17,7 +17,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from diffpost.random import normal, uniform
+from diffpost.random import EXACT_STREAM, normal, uniform
 from diffpost.score import _Analytic
 from diffpost.sde import SDE
 
@@ -142,5 +142,5 @@ class ScaleMixtureScore(_Analytic):
         component = torch.searchsorted(edges, u * edges[-1], right=True).clamp_max(
             len(self.var) - 1
         )
-        z = normal(seed, ids, 0, self.shape, torch.float64)
+        z = normal(seed, ids, 0, self.shape, torch.float64, stream=EXACT_STREAM)
         return (self.var[component].sqrt() * z).to(self.dtype)

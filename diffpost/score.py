@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffpost.mixture import Mixture
-from diffpost.random import normal, uniform
+from diffpost.random import EXACT_STREAM, normal, uniform
 from diffpost.sde import SDE, as_time, expand
 
 if TYPE_CHECKING:
@@ -172,6 +172,10 @@ class ScoreModel(ABC):
     def select(self, ids: Tensor) -> Self:
         """The model of the batch entries `ids` (n,); itself, unless `rows` is a number."""
         return self
+
+    def noise_seed(self, seed: int) -> int:
+        """Of the noise with which `diffpost.sample` draws; a posterior's differs, lest draws share that of their truth."""
+        return seed
 
 
 def _like(value: float | Tensor, x: Tensor) -> float | Tensor:
@@ -348,7 +352,7 @@ class GaussianScore(_Analytic):
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         ids = torch.arange(n, device=self.device)
-        z = normal(seed, ids, 0, self.shape, torch.float64)
+        z = normal(seed, ids, 0, self.shape, torch.float64, stream=EXACT_STREAM)
         return (self.mean.double() + self._apply(self.eigenvalues.sqrt(), z)).to(self.dtype)
 
 
@@ -448,7 +452,7 @@ class GaussianMixtureScore(_Analytic):
         u = uniform(seed, ids, 0, (1,), torch.float64)[:, 0]
         edges = self._log_weights.exp().cumsum(0)
         component = torch.searchsorted(edges, u * edges[-1], right=True)
-        z = normal(seed, ids, 0, (self.means[0].numel(),), torch.float64)
+        z = normal(seed, ids, 0, (self.means[0].numel(),), torch.float64, stream=EXACT_STREAM)
         x = self._centre + self._offsets[component] + self._var[component].sqrt() * z
         return x.reshape(n, *self.shape).to(self.dtype)
 

@@ -145,7 +145,8 @@ def test_chi2_of_draws_and_mean_meet_their_expectations() -> None:
     blur = Convolve(torch.from_numpy(kernel / kernel.sum()))
     data = blur(truth)[0, 0, 4:-4, 4:-4].numpy()
     data = data + noise * np.random.default_rng(6).normal(size=data.shape)
-    out = run(data, noise, prior=prior(rms=0.4), samples=32, sampler=DPMSolver(32), margin=4)
+    whole = {"prior": prior(rms=0.4), "keep_neighbours": True}
+    out = run(data, noise, samples=32, sampler=DPMSolver(32), margin=4, **whole)
     chi2 = out.metrics["reduced_chi2"]
     error = 3 * chi2["expected_std"]
     assert chi2["expected_std"] == pytest.approx((2 / SIDE**2) ** 0.5)
@@ -153,7 +154,7 @@ def test_chi2_of_draws_and_mean_meet_their_expectations() -> None:
     assert chi2["mean"] == pytest.approx(chi2["mean_expected"], abs=error)
     assert chi2["mean"] < chi2["draws"]
     # Negative control: noise understated by a third.
-    wrong = run(data, noise / 1.5, prior=prior(rms=0.4), samples=8, sampler=DPMSolver(32))
+    wrong = run(data, noise / 1.5, samples=8, sampler=DPMSolver(32), **whole)
     assert wrong.metrics["reduced_chi2"]["draws"] > 1 + error
 
 

@@ -175,11 +175,11 @@ def test_white_noise_by_its_score_agrees_with_the_job_under_gaussian_noise(
         return float(difference / (width + wide) * DRAWS), float(wide / width) ** 0.5
 
     b = seen(run(image, noise=STD, seed=1))
-    # some 30 modes decide, so chi^2 scatters by 0.26 and the ratio by 0.03
+    # some eleven modes decide: over seeds the offset is 1.1 +- 0.4, beyond 3.4 once in 10,000, and the ratio scatters by 0.03
     offset, ratio = compared(STD)
-    assert offset < 2.2 and ratio == pytest.approx(1, abs=0.12)
+    assert offset < 3.4 and ratio == pytest.approx(1, abs=0.12)
     offset, ratio = compared(2 * STD)  # negative control
-    assert offset > 2.2 or ratio > 1.12
+    assert offset > 3.4 or ratio > 1.12
 
 
 def test_the_operator_ends_in_a_crop_and_metrics_know_the_correlation(

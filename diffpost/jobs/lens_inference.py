@@ -43,9 +43,9 @@ from diffpost.parameters import (
 from diffpost.parameters.checkpoint import Checkpoint
 from diffpost.parameters.collapsed import distinct_modes, scattered
 from diffpost.parameters.priors import LogNormal
-from diffpost.parameters.result import derived_seed
 from diffpost.physics.grid import Grid
 from diffpost.posterior import Posterior
+from diffpost.random import derived_seed
 from diffpost.sample import sample
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.samples import Samples

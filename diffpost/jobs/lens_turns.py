@@ -24,8 +24,8 @@ from diffpost.parameters import (
     ParametricLikelihood,
     sample_blocked,
 )
-from diffpost.parameters.result import derived_seed
 from diffpost.posterior import Posterior
+from diffpost.random import derived_seed
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.score import ScoreModel
 

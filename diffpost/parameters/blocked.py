@@ -34,7 +34,8 @@ from diffpost.parameters.collapsed import drawn_images, response
 from diffpost.parameters.family import ParametricLikelihood
 from diffpost.parameters.hmc import HMC, HMCState
 from diffpost.parameters.prior import ParameterPrior
-from diffpost.parameters.result import JointSamples, derived_seed
+from diffpost.parameters.result import JointSamples
+from diffpost.random import derived_seed
 from diffpost.sample import progress_bar
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.samples import Samples

@@ -32,9 +32,9 @@ from diffpost.parameters.family import ParametricLikelihood, Values
 from diffpost.parameters.hmc import HMC
 from diffpost.parameters.modes import Modes, find_modes
 from diffpost.parameters.prior import ParameterPrior
-from diffpost.parameters.result import JointSamples, derived_seed
+from diffpost.parameters.result import JointSamples
 from diffpost.posterior import Posterior
-from diffpost.random import normal
+from diffpost.random import derived_seed, normal
 from diffpost.sample import sample
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.samples import Samples

@@ -56,9 +56,9 @@ from diffpost.parameters.collapsed import (
 )
 from diffpost.parameters.evidence import Evidence
 from diffpost.parameters.hmc import HMC
-from diffpost.parameters.result import JointSamples, derived_seed
+from diffpost.parameters.result import JointSamples
 from diffpost.parameters.shift import image_gradients
-from diffpost.random import normal
+from diffpost.random import derived_seed, normal
 from diffpost.samplers import Sampler
 from diffpost.samples import Samples
 from diffpost.score import ScoreModel

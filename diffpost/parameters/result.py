@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from diffpost.diagnostics.chains import Convergence, convergence
 from diffpost.samples import Samples
 
-__all__ = ["JointSamples", "derived_seed"]
+__all__ = ["JointSamples"]
 
 
 @final
@@ -190,9 +189,3 @@ class JointSamples:
         from diffpost.io.joint_store import load_joint
 
         return load_joint(path)
-
-
-def derived_seed(seed: int, *purpose: str | int) -> int:
-    """A 64-bit seed for one purpose."""
-    text = ":".join(map(str, (seed, *purpose)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -44,8 +44,8 @@ from diffpost.parameters.chains import metropolis
 from diffpost.parameters.checkpoint import Checkpoint
 from diffpost.parameters.collapsed import check_one_problem, marks, response
 from diffpost.parameters.evidence import Evidence, ImageGivenParameters
-from diffpost.parameters.result import JointSamples, derived_seed
-from diffpost.random import Noise, normal, uniform
+from diffpost.parameters.result import JointSamples
+from diffpost.random import Noise, derived_seed, normal, uniform
 from diffpost.sample import progress_bar
 from diffpost.samplers.base import State
 from diffpost.samplers.chain import TRACES, Gaussian

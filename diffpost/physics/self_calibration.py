@@ -32,10 +32,9 @@ from diffpost.likelihood import Likelihood
 from diffpost.linalg import ConvergenceWarning
 from diffpost.noise import GaussianNoise
 from diffpost.operators.base import Operator
-from diffpost.parameters.result import derived_seed
 from diffpost.physics.nuisances import VisibilityNuisance
 from diffpost.posterior import Posterior
-from diffpost.random import uniform
+from diffpost.random import derived_seed, uniform
 from diffpost.sample import progress_bar, sample
 from diffpost.samplers import DPMSolver, Sampler
 from diffpost.score import ScoreModel

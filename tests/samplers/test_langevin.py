@@ -319,10 +319,11 @@ def test_nonlinear_operator_against_quadrature():
     nu = 0.1
     t = torch.tensor(nu, dtype=F64)
     exact = lambda x: prior.log_prob(x, t) + like.log_prob(x)  # noqa: E731
-    draws = sample(posterior, 3000, MALA(30, start=START, nsr=nu), seed=2, progress=False)
+    # after 30 moves what the start had wrong is still at 3 to 6 errors
+    draws = sample(posterior, 3000, MALA(120, start=START, nsr=nu), seed=2, progress=False)
     assert agrees(draws.x, exact)
     assert draws.extras["quadrature_error"].max() < 0.05
-    assert not agrees(draws.x, lambda x: prior.log_prob(x) + like.log_prob(x) * 1.2)
+    assert not agrees(draws.x, lambda x: prior.log_prob(x, t) + like.log_prob(x) * 1.5)
 
 
 def test_moments_inside_modes():

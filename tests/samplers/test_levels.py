@@ -38,9 +38,11 @@ def oracle():
 
 
 def accepted(report):
-    """The bounds of tests/test_oracle_field.py."""
+    """The bounds of tests/test_oracle_field.py, with three Monte Carlo errors in the place of one: a level less is a few
+    per cent of the variance.
+    """
     return report.mean_error <= 1.15 * report.floor and all(
-        abs(ratio - 1) <= 0.03 + error
+        abs(ratio - 1) <= 0.03 + 3 * error
         for ratio, error in zip(report.ratios, report.errors, strict=True)
     )
 

@@ -114,7 +114,7 @@ def test_mixture_weights():
     prior = GaussianMixtureScore(
         torch.tensor([[-1.0], [1.0]], dtype=F64), torch.tensor([0.3, 0.7]), 0.04, SDE
     )
-    like = Likelihood(torch.tensor([-0.15], dtype=F64), Identity(), GaussianNoise(std=0.8))
+    like = Likelihood(torch.tensor([-0.5], dtype=F64), Identity(), GaussianNoise(std=0.8))
     rho, n = 0.8, 2000
     sampler = SplitGibbs(16, coupling=rho, reverse=DPMSolver(24, order=2, eta=1.0))
     x = sample(Posterior(prior, like), n, sampler, seed=2, progress=False).x
