@@ -11,7 +11,6 @@ from . import problems, tables
 from .tables import DIVERGED, VJP, Records
 
 MARKS = "osD^vPX<>hp*"
-OURS, THEIRS = "tab10", "Set2"
 
 
 def cost_of(calls: float, vjps: float) -> float:
@@ -52,15 +51,20 @@ def draw(path: Path, records: Records) -> None:
             "error of the mean / Monte Carlo floor",
         ),
     }
+    names = sorted({name for lines, _ in panels.values() for name in lines})
+    palette = plt.get_cmap("tab20")
+    looks = {
+        name: {"marker": MARKS[i % len(MARKS)], "color": palette(i % 20)}
+        for i, name in enumerate(names)
+    }
     figure, axes = plt.subplots(1, 2, figsize=(13, 8), layout="constrained")
     for axis, (title, (lines, label)) in zip(axes, panels.items(), strict=True):
         best = sorted(lines, key=lambda name: lines[name][-1][1])
-        for i, name in enumerate(best):
+        for name in best:
             theirs = name.startswith(("azula", "score_models"))
             axis.plot(
                 *zip(*lines[name], strict=True),
-                marker=MARKS[i % len(MARKS)],
-                color=plt.get_cmap("tab20")(i % 20),
+                **looks[name],
                 linestyle=":" if theirs else "-",
                 markersize=6,
                 linewidth=1.3,
