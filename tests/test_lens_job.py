@@ -14,7 +14,6 @@ from astropy.io import fits
 from typer.testing import CliRunner
 
 pytest.importorskip("caustics", reason="caustics is not installed")
-pytest.importorskip("arviz", reason="ArviZ is not installed")
 
 import diffpost as dp
 from diffpost.cli import app

@@ -47,7 +47,6 @@ def convergence(x: Tensor) -> Convergence:
         x: (chains, draws, *shape); for independent draws, any split into 2 chains or more.
 
     Raises:
-        ImportError: ArviZ is not installed.
         ValueError: fewer than 2 chains or 4 draws, or values that are not finite.
     """
     x = torch.as_tensor(x).detach().cpu().double()
@@ -57,14 +56,9 @@ def convergence(x: Tensor) -> Convergence:
         )
     if not bool(x.isfinite().all()):
         raise ValueError("convergence: got values that are not finite; find the chain that failed.")
-    try:
-        with warnings.catch_warnings():  # of its next major version, which pyproject.toml excludes
-            warnings.simplefilter("ignore", FutureWarning)
-            import arviz
-    except ImportError as error:
-        raise ImportError(
-            "convergence needs ArviZ: pip install 'diffpost[diagnostics]'."
-        ) from error
+    with warnings.catch_warnings():  # of its next major version, which pyproject.toml excludes
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz  # takes a second, which only those who ask for this pay
     data = arviz.convert_to_dataset({"x": x.numpy()})
     with np.errstate(invalid="ignore", divide="ignore"):  # of entries that never change
         found = [
