@@ -1,6 +1,6 @@
 """The misspecification alarm: how often it rings for what the prior knows, and for what it does not.
 
-Seeds are fixed. Where a rate is tested, the chance that a right implementation fails with another seed is below 1e-3.
+Seeds are fixed. Where a rate is tested, the chance that a right implementation fails with another seed is below 2e-4.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_p_values_of_the_priors_own_images_are_uniform(
     found = misspecification(fresh, prior, reference=reference, each=1)
     assert found.p_value.shape == found.statistic.shape == (MANY,)
     assert found.fit_p_value is None and torch.equal(found.p_value, found.image_p_value)
-    assert kstest(found.p_value.numpy(), "uniform").pvalue > 1e-3
+    assert kstest(found.p_value.numpy(), "uniform").pvalue > 1e-4
     assert rate(found.p_value) == pytest.approx(0.05, abs=4 * 0.0155)
 
 

@@ -230,7 +230,7 @@ class Given(Sampler):
 @pytest.mark.parametrize("kind", ["outliers", "laplace", "student"])
 def test_mala_on_heavy_tails_against_quadrature(kind):
     """Two pixels, six data, one of them an outlier: 500 chains that begin at draws of the posterior on a grid keep to it
-    in 40 moves. A false alarm in 1000; Gaussian noise of the same variance, and dynamics without the test, do not.
+    in 40 moves. A false alarm in 10,000; Gaussian noise of the same variance, and dynamics without the test, do not.
     """
     nu = 0.05
     make = {
@@ -256,7 +256,7 @@ def test_mala_on_heavy_tails_against_quadrature(kind):
     start = Given(2, draws=grid[chosen])
     posterior = Posterior(prior, like)
     draws = sample(posterior, 500, MALA(40, start, nsr=nu, burn_in=20), progress=False)
-    assert rejects(draws.x, log_density) > 1e-3
+    assert rejects(draws.x, log_density) > 1e-4
     assert (draws.extras["acceptance"] > 0.1).double().mean() > 0.9
     assert (draws.x - start.draws).norm(dim=1).median() > 0.1  # chains have moved
     gaussian = Likelihood(y, like.operator, GaussianNoise(var=model.variance))
