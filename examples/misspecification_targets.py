@@ -9,6 +9,7 @@ from the registry of data sets; without them those rows are left out, and that i
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -98,7 +99,9 @@ def hsc(prior: ScoreModel) -> Iterator[tuple[str, DeconvolutionResult]]:
 
 
 def main() -> None:
-    prior = load_prior(sys.argv[1] if len(sys.argv) > 1 else "galaxies-64")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("prior", nargs="?", default="galaxies-64", help="name or folder")
+    prior = load_prior(parser.parse_args().prior)
     print("| target | should | p | largest component | reduced χ² of a draw |")
     print("|---|---|---|---|---|")
     for makers, should in (((demo, hsc), "pass"), ((group, simulated), "ring")):
