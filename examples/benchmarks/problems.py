@@ -32,7 +32,6 @@ from .results import Record, Task
 FIELD, TEXTURES, RING = "field", "textures", "ring"
 FIELD_ENDS = (2e-3, 80.0)
 TEXTURE_ENDS = (5e-3, 200.0)
-FIELD_DRAWS = {64: 256, 128: 64}
 TEXTURE_SEEDS = 8
 TEXTURE_DRAWS = 256
 RING_SEEDS = 8
@@ -51,9 +50,15 @@ def field(observation: str, size: int) -> ObservedField:
     return observed_field(observation, size)
 
 
+def field_draws(observation: str, size: int) -> int:
+    """Fewer where they take long."""
+    return 64 if observation == "dense" or size > 64 else 256
+
+
 def field_setting(observation: str, size: int) -> Setting:
     o = field(observation, size)
-    return Setting(AsNetwork(o.prior), o.likelihood, FIELD_ENDS, FIELD_DRAWS[size], batch=64)
+    draws = field_draws(observation, size)
+    return Setting(AsNetwork(o.prior), o.likelihood, FIELD_ENDS, draws, batch=64)
 
 
 def spectra(size: int, powers: list[Tensor], nsr_max: float) -> SpectralCovariance:
@@ -173,7 +178,7 @@ def field_tasks(
                     field(o, size), Draws(field(o, size).exact_draws(n, 9), None, 0, 0, {})
                 ),
                 observation,
-                FIELD_DRAWS[size],
+                field_draws(observation, size),
             ),
         )
         for name in _names(steps):
