@@ -63,10 +63,11 @@ MODEL = {
         },
     },
 }
-# Shajib et al. (2021), 68% errors (plus, minus)
+# Shajib et al. (2021), 68% errors (plus, minus); the angle is that of the mass
 PUBLISHED = {
     "theta_E": (1.1192, 0.0047, 0.0032),
     "q": (0.9073, 0.0220, 0.0272),
+    "angle": (-59.54, 23.13, 4.38),
     "shear": (0.0203, 0.0069, 0.0187),
 }
 
@@ -77,6 +78,8 @@ def derived(result: LensResult) -> dict[str, torch.Tensor]:
     return {
         "theta_E": draws["main.Rein"],
         "q": draws["main.q"],
+        # from +y towards +x, as J2303's, in -90 to 90; the file has no WCS, so how it lies on the sky is not known
+        "angle": (180 - draws["main.phi"].rad2deg()) % 180 - 90,
         "shear": torch.hypot(draws["shear.gamma_1"], draws["shear.gamma_2"]),
     }
 

@@ -20,7 +20,7 @@ from diffpost.cli import app
 from diffpost.io.checkpoints import save_prior
 from diffpost.jobs.lens_setup import binned, lens_scene, read_description
 from diffpost.jobs.problem import prepare
-from diffpost.lens import LensResult, reconstruct_lens
+from diffpost.lens import LensResult, _warnings, reconstruct_lens
 from diffpost.networks import build_network
 from diffpost.networks.precondition import NetworkScore
 from diffpost.physics import Grid, Lens, LensLight, read_lens_model
@@ -384,20 +384,66 @@ def test_bad_models_are_told_and_leave_nothing(
 
 
 def test_bad_files_are_told_and_leave_nothing(folder: Path, tmp_path: Path) -> None:
-    fits.PrimaryHDU(np.ones((5, 5))).writeto(tmp_path / "small.fits")
     (tmp_path / "text.yaml").write_text("mass: [")
-    small = str(tmp_path / "small.fits")
-    for more, text in (
-        (("--mask", small), "mask has shape"),
+
+    def file(name: str, values: np.ndarray) -> str:
+        fits.PrimaryHDU(values).writeto(tmp_path / name)
+        return str(tmp_path / name)
+
+    small, none = file("small.fits", np.ones((5, 5))), file("zero.fits", np.zeros((SIDE, SIDE)))
+    blank = file("nan.fits", np.full((SIDE, SIDE), np.nan))
+    for more, *texts in (
+        (("--mask", small), "mask has shape (5, 5)", "expected", f"({SIDE}, {SIDE})"),
+        (("--mask", blank), "hides every pixel", "mend --mask", "nonzero pixels are not used"),
         (("--weight", small), "give one of them"),
         (("--model", str(tmp_path / "text.yaml")), "not YAML"),
         (("--model", str(tmp_path / "none.yaml")), "no lens model"),
         (("--samples", "99"), "chains x draws"),
+        (("--psf", file("cube.fits", np.ones((3, 9, 9)))), "a cube of 3 images", "choose one by"),
+        (("--psf", file("line.fits", np.ones(9))), "line.fits holds no image", "two-dimensional"),
+        (("--psf", none), "the PSF is zero everywhere", "expected the image of a point source"),
+        (("--psf", blank), "the PSF is NaN everywhere", "expected the image of a point source"),
+        (("--psf", file("dark.fits", -star())), "the PSF sums to -1", "expected positive flux"),
+        (("--noise", small), "has 5 x 5 pixels", f"the image {SIDE} x {SIDE}", "of one shape"),
+        (("--noise", none), f"has {SIDE**2} pixels that are zero or negative", "inf or NaN"),
+        (("--noise", blank), "no finite pixel", "--noise-std"),
     ):
-        got = runner.invoke(app, command(folder, tmp_path / "out", *more))
+        words = command(folder, tmp_path / "out", *more)
+        if more[0] == "--noise":
+            at = words.index("--noise-std")
+            del words[at : at + 2]
+        got = runner.invoke(app, words)
         assert got.exit_code == 2, got.output
-        assert text in got.stderr
+        said = " ".join(got.stderr.split())
+        assert all(text in said for text in texts), (more, said)
         assert not (tmp_path / "out").exists()
+
+
+def test_what_is_finished_outlives_an_error_at_the_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is not the input's, such as a missing package of the pictures."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("no module for pictures")
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("what was finished is computed again")
+
+    out = tmp_path / "out"
+    few = ("--samples", "2", "--draws", "4", "--warmup", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(dp.plot, "corner", missing)
+        failed = runner.invoke(app, command(folder, out, *few))
+    assert isinstance(failed.exception, ImportError)
+    assert [item.name for item in out.iterdir()] == [".partial"]
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]  # nothing half written beside it
+    with monkeypatch.context() as patch:
+        patch.setattr("diffpost.parameters.checkpoint.Checkpoint.save", again)
+        patch.setattr("diffpost.resume.RunFolder.save", again)
+        goes_on = runner.invoke(app, command(folder, out, *few, "--resume"))
+    assert goes_on.exit_code == 0, goes_on.output
+    assert (out / "run.json").exists() and not (out / ".partial").exists()
 
 
 def test_an_image_without_world_coordinates_needs_a_pixel() -> None:
@@ -406,11 +452,26 @@ def test_an_image_without_world_coordinates_needs_a_pixel() -> None:
 
 
 def test_a_source_grid_that_is_too_small_is_told() -> None:
-    small = {**KNOWN, "source": {"size": 12, "pixel": 0.09, "centre": [0.0, 0.0]}}
-    told: list[str] = []
+    """Above 1% of the flux, counted here ray by ray (one a pixel)."""
     quick = {"samples": 1, "draws": 4, "warmup": 3, "chains": 2, "restarts": 1}
-    run(model=small, sampler=dp.DPMSolver(3), announce=told.append, **quick)
-    assert any("outside the source grid" in line for line in told)
+    for pixel, warned in ((0.09, True), (0.18, False)):
+        told: list[str] = []
+        model = {**KNOWN, "source": {"size": 12, "pixel": pixel, "centre": [0.0, 0.0]}}
+        found = run(model=model, sampler=dp.DPMSolver(3), announce=told.append, **quick)
+        outside = found.metrics["flux_outside"]
+        x, y = found.scene.grid.coordinates()
+        beta = found.system.lens.trace(x.flatten(), y.flatten())[0].abs().amax(0)
+        light = torch.where(found.scene.seen, found.scene.y[0], 0.0).flatten()
+        light = torch.where(light > 3 * NOISE, light, 0.0)
+        lost = float(light[beta > 6 * pixel].sum() / light.sum())
+        assert outside == pytest.approx(lost, abs=1e-6)
+        assert (outside > 0.01) is warned
+        said = [line for line in told if "outside the source grid" in line]
+        assert len(said) == warned
+        if warned:
+            assert f"{outside:.1%}" in said[0] and "enlarge it (source.size" in said[0]
+    assert _warnings({"rhat": 1.0, "flux_outside": 0.0099}) == []
+    assert "1.1%" in _warnings({"rhat": 1.0, "flux_outside": 0.0111})[0]
 
 
 def test_a_known_lens_sees_the_modes_of_the_source_once():

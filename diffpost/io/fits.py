@@ -257,7 +257,7 @@ def _two_dimensional(
     elif data.ndim == 3:
         if plane is None:
             raise ValueError(
-                f"{path} holds a cube of {len(data)} images; choose one by --plane "
+                f"{path} holds a cube of {len(data)} images; choose one by --plane, of a PSF by --psf-plane "
                 f"(0 to {len(data) - 1})"
             )
         if not 0 <= plane < len(data):

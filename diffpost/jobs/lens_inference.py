@@ -2,7 +2,8 @@ r"""Inference of a lens job: the lens by the collapsed evidence, then the source
 
 1. A Gaussian of sources with at most 32 x 32 pixels stands in for the prior: the mean and covariance of its draws, binned,
    turned and shifted, for a galaxy need not sit in the middle of the grid; exactly the prior where that is Gaussian.
-2. Restarts with few modes and one ray a pixel find the lens and where its source is; the grids are put there.
+2. Restarts with few modes and 2 x 2 rays a pixel, on data added up by 2 x 2 if the image grid has 64 pixels or more on both
+   sides, find the lens and where its source is; the grids are put there.
 3. Chains sample the lens with the source marginalised (:func:`diffpost.parameters.sample_collapsed`).
 4. The sources are posterior draws of the prior itself on the fine grid, each through a lens of its own.
 

@@ -179,8 +179,8 @@ def lens_scene(
 
     Raises
     ------
-    ValueError: no pixel size, one that contradicts the WCS, a mask of another shape, a mask that hides everything or all
-        of the light, or a grid out of proportion.
+    ValueError: no pixel size, one that contradicts the WCS, a mask of another shape, a mask that hides every pixel with
+        data (one that leaves only sky is not told), or a grid out of proportion.
     """
     notes = list(problem.notes)
     frame = _frame(problem, description, notes)

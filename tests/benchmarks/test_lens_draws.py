@@ -25,13 +25,14 @@ from diffpost.parameters import (
     ParametricLikelihood,
     sample_blocked,
 )
+from diffpost.physics import Grid, Lens
 from diffpost.random import normal
 
-pytest.importorskip("caustics", reason="pip install caustics")
+caustics = pytest.importorskip("caustics", reason="pip install caustics")
 
 pytestmark = pytest.mark.usefixtures("asked_for")
 
-DRAWS = 8
+DRAWS, MANY = 8, 64
 SAMPLER = dp.DPMSolver(24, eta=1.0)
 TRUTH = torch.tensor([[0.02, -0.03, 0.75, 0.6, 1.3, 0.03, -0.02]], dtype=torch.float64)
 
@@ -70,6 +71,40 @@ def test_source_draw(benchmark, ratio, scene, source) -> None:
     benchmark.extra_info["calls, VJPs"] = (draws.calls, round(draws.vjps))
     benchmark.extra_info["posterior / prior draw"] = round(ratio(source, free), 2)
     benchmark.pedantic(source, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def larger() -> dp.Posterior:
+    """A draw of `galaxies-64`, 64 x 64, through a known lens and a PSF onto 128 x 128 pixels."""
+    cosmology = caustics.FlatLambdaCDM(name="cosmology")
+    sie = caustics.SIE(cosmology, name="main", x0=0.02, y0=-0.03, q=0.75, phi=0.6, Rein=1.3)
+    shear = caustics.ExternalShear(
+        cosmology, name="shear", x0=0.0, y0=0.0, gamma_1=0.03, gamma_2=-0.02
+    )
+    mass = caustics.SinglePlane(cosmology, [sie, shear], name="mass")
+    lens = Lens(mass, Grid(128, pixel=0.04, oversample=2), Grid(64, pixel=0.03))
+    offsets = torch.arange(7) - 3
+    psf = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / 2.0)
+    operator = dp.Convolve(psf / psf.sum()) @ lens
+    prior = dp.load_prior("galaxies-64")
+    clean = operator(dp.sample(prior, 1, SAMPLER, seed=3, progress=False).x)[0]
+    y = clean + 0.05 * normal(4, torch.arange(1), 0, tuple(clean.shape), torch.float32)[0]
+    return dp.Posterior(prior, dp.Likelihood(y, operator, dp.GaussianNoise(std=0.05)))
+
+
+def test_64_source_draws_of_64_pixels(benchmark, ratio, larger) -> None:
+    """64 sources of 64 x 64 pixels from 128 x 128 data, timed once, for they take minutes; in pairs with the prior alone, 8."""
+
+    def draw(model: dp.Posterior | dp.ScoreModel, count: int) -> dp.Samples:
+        return dp.sample(model, count, SAMPLER, seed=0, progress=False)
+
+    draws = draw(larger, DRAWS)
+    benchmark.group = "source of 64 pixels"
+    benchmark.extra_info["calls, VJPs"] = (draws.calls, round(draws.vjps))
+    benchmark.extra_info["posterior / prior draw"] = round(
+        ratio(lambda: draw(larger, DRAWS), lambda: draw(larger.prior, DRAWS), pairs=2), 2
+    )
+    benchmark.pedantic(lambda: draw(larger, MANY), rounds=1)
 
 
 def test_turn(benchmark, ratio, scene, source) -> None:

@@ -23,11 +23,14 @@ from diffpost.physics import Grid
 caustics = pytest.importorskip("caustics", reason="pip install caustics")
 
 COSMOLOGY = caustics.FlatLambdaCDM(name="cosmology")
-SIZES = {  # of image and source, rays along a side of a pixel, batch
+SIZES = {  # of image and source, rays along a side of a pixel, batch: the rows of docs/lensing.md
     "128, 64, k=2, batch 1": (128, 64, 2, 1),
     "128, 64, k=2, batch 4": (128, 64, 2, 4),
     "128, 64, k=2, batch 16": (128, 64, 2, 16),
+    "128, 64, k=4, batch 4": (128, 64, 4, 4),
+    "128, 64, k=1, batch 1": (128, 64, 1, 1),
     "128, 64, k=1, batch 16": (128, 64, 1, 16),
+    "128, 64, k=1, batch 64": (128, 64, 1, 64),
     "64, 32, k=2, batch 64": (64, 32, 2, 64),
 }
 
