@@ -37,12 +37,10 @@ def oracle():
     return gaussian_field()
 
 
-def accepted(report):
-    """The bounds of tests/test_oracle_field.py, with three Monte Carlo errors in the place of one: a level less is a few
-    per cent of the variance.
-    """
+def accepted(report, errors=1):
+    """The bounds of tests/test_oracle_field.py, or with more Monte Carlo errors."""
     return report.mean_error <= 1.15 * report.floor and all(
-        abs(ratio - 1) <= 0.03 + 3 * error
+        abs(ratio - 1) <= 0.03 + errors * error
         for ratio, error in zip(report.ratios, report.errors, strict=True)
     )
 
@@ -142,8 +140,9 @@ def test_adaptive_draws_meet_the_field(oracle):
         for rtol in (0.02, 1.0)
     )
     assert good.calls <= 24
-    assert accepted(oracle.report(good.x)), oracle.report(good.x)
-    assert not accepted(oracle.report(bad.x))
+    # a level less is a few per cent of the variance
+    assert accepted(oracle.report(good.x), 3), oracle.report(good.x)
+    assert not accepted(oracle.report(bad.x), 3)
 
 
 def test_a_stiff_likelihood_takes_more_steps():
