@@ -1,13 +1,14 @@
 """Error against denoiser calls, of every sampler: the tables of docs/performance.md.
 
     python examples/error_by_calls.py field                        # exact, a minute
-    python examples/error_by_calls.py galaxies --out runs/calls    # against a reference of many steps; resumes
+    python examples/error_by_calls.py galaxies                     # against a reference of many steps; resumes
 
 `field`: every mode of a Gaussian posterior is an affine map of the normals that a sampler draws, so the mean and the
 variance of its draws follow without Monte Carlo, on the posterior of docs/oracle.md.
 
 `galaxies`: a draw of a trained prior is blurred by the HST's PSF (F105W), noise is added, and its posterior, by the
-guidance that a posterior takes by itself, is drawn with few calls and with many.
+guidance that a posterior takes by itself, is drawn with few calls and with many. The seeds differ on purpose: a sampler
+that shared its noise with the reference would be nearer to it than independent draws are to each other, below the floor.
 """
 
 from __future__ import annotations
@@ -133,10 +134,12 @@ def galaxies(options: argparse.Namespace) -> None:
     prior = dp.optimize(dp.load_prior(options.prior)).with_shape((1, options.size, options.size))
     posterior = galaxy(prior)
 
+    # runs of another prior, size or number of draws may share --out
+    runs = options.out / f"{Path(options.prior).name}-{options.size}"
+
     def draws(name: str, n: int, sampler: dp.Sampler, seed: int) -> dp.Samples:
-        return dp.sample(
-            posterior, n, sampler, seed=seed, batch_size=16, checkpoint=options.out / name
-        )
+        folder = runs / f"{name}-seed-{seed}-draws-{n}"
+        return dp.sample(posterior, n, sampler, seed=seed, batch_size=16, checkpoint=folder)
 
     steps = options.reference
     many = draws(f"reference-{steps}", 2 * options.draws, dp.DPMSolver(steps, eta=1.0), 0)
@@ -153,12 +156,7 @@ def galaxies(options: argparse.Namespace) -> None:
     print(_line("reference", many, posterior, 1.0, "", 1.0))
     for name in (name for name in samplers(16) if options.only in name):
         for calls in options.calls:
-            x = draws(
-                f"{name}-{calls}-seed-{options.seed}",
-                options.draws,
-                samplers(calls)[name],
-                options.seed,
-            )
+            x = draws(f"{name}-{calls}", options.draws, samplers(calls)[name], options.seed)
             distance = sum(sliced_wasserstein(x.x, a) for a, _ in pairs) / _SPLITS / floor
             p = pqmass(x.x, reference, cells=20, tessellations=50).p_value
             scale = float(x.std.square().mean().sqrt() / many.std.square().mean().sqrt())
