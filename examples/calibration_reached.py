@@ -25,7 +25,7 @@ import torch
 from judge_prior import heldout_crops
 
 from diffpost import plot
-from diffpost.diagnostics import coverage_from_fractions
+from diffpost.diagnostics import coverage_from_fractions, sbc_from_ranks
 from diffpost.io.checkpoints import load_prior
 from diffpost.training_config import TrainConfig
 
@@ -147,7 +147,8 @@ def collected(out: Path, kept: Path) -> dict[str, dict[str, Any]]:
             verdict = {key: verdict[key] for key in KEPT}  # no paths, no machine
             with np.load(folder / "simulations.npz") as arrays:
                 fractions = arrays["fraction"].round(5).tolist()
-            found[setting.name] = {"verdict": verdict, "fractions": fractions}
+                ranks = arrays["ranks"].tolist()
+            found[setting.name] = {"verdict": verdict, "fractions": fractions, "ranks": ranks}
     return found
 
 
@@ -218,6 +219,43 @@ def pictures(found: dict[str, dict[str, Any]], folder: Path) -> list[str]:
     return written
 
 
+def rank_picture(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """ECDFs of the truths' ranks less the diagonal: a row for each instrument, a column for each statistic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows: dict[str, list[Setting]] = {}
+    for setting in settings():
+        if setting.name in found:
+            rows.setdefault(f"{setting.prior}\n{setting.instrument}", []).append(setting)
+    names = [test["name"] for test in found[next(iter(found))]["verdict"]["tests"][1:]]
+    figure, axes = plt.subplots(
+        len(rows), len(names), figsize=(13, 2.7 * len(rows)), layout="constrained", squeeze=False
+    )
+    for line, (row, members) in zip(axes, rows.items(), strict=True):
+        for k, (axis, name) in enumerate(zip(line, names, strict=True)):
+            for i, setting in enumerate(members):
+                ranks = torch.tensor(found[setting.name]["ranks"])[:, k : k + 1]
+                draws = found[setting.name]["verdict"]["samples"]
+                result = sbc_from_ranks(ranks, draws)
+                if i == 0:  # the recommended method's; the others have fewer simulations
+                    band = result.band - result.grid
+                    axis.fill_between(result.grid, *band, color="0.88", label="95%, recommended")
+                label = METHODS[setting.method] + (", held-out" if setting.heldout else "")
+                axis.plot(result.grid, result.ecdf[:, 0] - result.grid, label=label, lw=1.3)
+            axis.axhline(0, color="0.4", lw=0.7, ls=":")
+            axis.set(ylim=(-0.5, 0.5), xlim=(0, 1))
+        line[0].set_ylabel(row)
+        line[-1].legend(fontsize=7, loc="lower right", frameon=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name)
+    figure.supxlabel("rank of the truth / (draws + 1);  vertical: ECDF less the diagonal")
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+
+
 def fill(page: Path, name: str, text: str) -> None:
     """Replace what is between <!-- NAME --> and <!-- end -->."""
     content = page.read_text()
@@ -245,10 +283,13 @@ def main() -> None:
     found = collected(options.out, kept)
     kept.write_text(json.dumps(found, separators=(",", ":"), allow_nan=False) + "\n")
     names = pictures(found, options.docs / "images")
+    rank_picture(found, options.docs / "images" / "calibration-ranks.png")
     page = options.docs / "calibration.md"
     fill(page, "table", table(found))
     fill(page, "controls", controls(found))
-    fill(page, "pictures", "\n\n".join(f"![expected coverage](images/{name})" for name in names))
+    shown = [f"![expected coverage](images/{name})" for name in names]
+    shown.append("![ranks of the truth among its draws](images/calibration-ranks.png)")
+    fill(page, "pictures", "\n\n".join(shown))
 
 
 if __name__ == "__main__":
