@@ -235,7 +235,7 @@ def rank_picture(found: dict[str, dict[str, Any]], path: Path) -> None:
         len(rows), len(names), figsize=(13, 2.7 * len(rows)), layout="constrained", squeeze=False
     )
     for line, (row, members) in zip(axes, rows.items(), strict=True):
-        for k, (axis, name) in enumerate(zip(line, names, strict=True)):
+        for k, axis in enumerate(line):
             for i, setting in enumerate(members):
                 ranks = torch.tensor(found[setting.name]["ranks"])[:, k : k + 1]
                 draws = found[setting.name]["verdict"]["samples"]
