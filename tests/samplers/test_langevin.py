@@ -471,6 +471,8 @@ def test_joint_data():
     mean, cov = moments(Likelihood(like.y, Identity(), GaussianNoise(std=0.7)), mean, cov, SHAPE)
     x = sample(Posterior(prior, parts, CRUDE), 300, MALA(24, START, nu), progress=False).x
     assert accepts(x, mean, cov)
+    assert not accepts(x, mean + 0.5 * cov.diagonal().sqrt(), cov)  # negative controls
+    assert not accepts(x, mean, 1.4 * cov)
 
 
 class Broken(ScoreModel):

@@ -106,7 +106,10 @@ def test_small_coupling_is_the_posterior():
     prior, like = problem("matrix")
     sampler = SplitGibbs(80, coupling=0.05, first=3.0, anneal=0.9)
     x = sample(Posterior(prior, like), 200, sampler, seed=1, progress=False).x
-    assert accepts(x, *exact(prior, like, 0.0), 0.05)
+    mean, cov = exact(prior, like, 0.0)
+    assert accepts(x, mean, cov, 0.05)
+    assert not accepts(x, mean + 0.5 * cov.diagonal().sqrt(), cov, 0.05)  # negative controls
+    assert not accepts(x, mean, 1.5 * cov, 0.05)
 
 
 def test_mixture_weights():

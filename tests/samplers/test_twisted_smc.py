@@ -161,8 +161,12 @@ def test_one_cloud_for_each_observation():
         mean, cov, evidence = gaussian(
             matrix, torch.tensor([[0.25]], dtype=F64), y[row], torch.eye(3, dtype=F64)
         )
-        error = (weights @ draws.x[rows] - mean).abs() / (cov.diagonal() / 500).sqrt()
-        assert float(error.max()) < 4.5
+        spread = (cov.diagonal() / 500).sqrt()
+        assert float(((weights @ draws.x[rows] - mean).abs() / spread).max()) < 4.5
+        other = gaussian(
+            matrix, torch.tensor([[0.25]], dtype=F64), y[row - 1], torch.eye(3, dtype=F64)
+        )[0]
+        assert float(((weights @ draws.x[rows] - other).abs() / spread).max()) > 9
         assert abs(float(draws.extras["log_evidence"][rows][0]) - evidence) < 0.05
     with pytest.raises(ValueError, match="rows that differ within a cloud"):
         sample(Posterior(prior, likelihood.repeat(5)), 15, TwistedSMC(3, 4), progress=False)
@@ -208,7 +212,10 @@ def test_float32_images_in_physical_units(sde, scale):
     draws = sample(posterior, 2000, TwistedSMC(2000, 80), seed=3, progress=False)
     gain = torch.where(std.isinf(), 0.0, scale**2 / (scale**2 + std.square())).double().flatten()
     mean = 5 + gain * (y.nan_to_num(0.0).double().flatten() - 5)
-    assert accepts(draws, mean, (scale**2 * (1 - gain)).diag())
+    cov = (scale**2 * (1 - gain)).diag()
+    assert accepts(draws, mean, cov)
+    assert not accepts(draws, mean + 0.3 * cov.diagonal().sqrt(), cov)
+    assert not accepts(draws, mean, 1.3 * cov)
     total = (scale**2 + std.double().square()).flatten()[[0, 1, 3]]
     exact = torch.distributions.Normal(5.0, total.sqrt()).log_prob(y.double().flatten()[[0, 1, 3]])
     assert abs(float(draws.extras["log_evidence"][0]) - float(exact.sum())) < 0.05
