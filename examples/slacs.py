@@ -92,11 +92,11 @@ def reconstruct(
     name: str,
     model: Mapping[str, Any],
     noise: ImageLike,
+    **more: Any,
 ) -> LensResult:
-    """Runs the job and writes what it found."""
-    result = run(
-        arguments, arguments.out, title, part(name, "data"), part(name, "psf"), noise, model
-    )
+    """Runs the job, with more of `reconstruct_lens`, and writes what it found."""
+    data, psf = part(name, "data"), part(name, "psf")
+    result = run(arguments, arguments.out, title, data, psf, noise, model, **more)
     if arguments.picture is not None:
         lens_summary(result, arguments.picture)
     return result

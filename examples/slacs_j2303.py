@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from astropy.io import fits
+from numpy.typing import NDArray
 from slacs import arguments_of, part, reconstruct, report
 
 from diffpost.lens import LensResult
@@ -48,6 +51,20 @@ PUBLISHED = {
 }
 
 
+HOLE = (-0.95, -0.8, 0.4)
+"""x, y and radius in arcsec of where the light of the lens was oversubtracted, to below zero, which no source can make."""
+
+
+def hole(shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels of `HOLE` in an image (h, w)."""
+    rows, columns = np.indices(shape)
+    x, y, radius = HOLE
+    x = (columns - (shape[1] - 1) / 2) * MODEL["pixel"] - x
+    y = (rows - (shape[0] - 1) / 2) * MODEL["pixel"] - y
+    inside: NDArray[np.bool_] = np.hypot(x, y) < radius
+    return inside
+
+
 def derived(result: LensResult) -> dict[str, torch.Tensor]:
     """The published quantities of every draw."""
     draws = dict(zip(result.joint.names, result.joint.flat.T, strict=True))
@@ -64,7 +81,8 @@ def derived(result: LensResult) -> dict[str, torch.Tensor]:
 def main() -> None:
     arguments = arguments_of("SLACS J2303+1422", "slacs-j2303", restarts=6)
     noise = part(NAME, "noise")
-    result = reconstruct(arguments, "SLACS J2303+1422", NAME, MODEL, noise)
+    mask = hole(fits.getdata(part(NAME, "data")).shape)
+    result = reconstruct(arguments, "SLACS J2303+1422", NAME, MODEL, noise, mask=mask)
     report(result, derived(result), PUBLISHED)
 
 
