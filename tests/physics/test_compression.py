@@ -140,7 +140,7 @@ def test_gaussian_sky():
     assert not accepted(report(prior.sample(256, seed=1), mean, cov))
 
 
-def solved(prior, like, rhs, steps=2000):
+def solved(prior, like, rhs, steps=3000):
     """(A^T W A + C^-1)^-1 rhs, (B, 1, n, n), by conjugate gradients on the Toeplitz operator, preconditioned by C."""
     normal = like.operator.normal(like.noise.weight().expand(like.data_shape))
 
@@ -160,7 +160,8 @@ def solved(prior, like, rhs, steps=2000):
         x, r = x + a * p, r - a * q
         z = prior_filter(r, power)
         rz, old = dot(r, z), rz
-        if float((rz / dot(rhs, prior_filter(rhs, power))).max()) < 1e-10:
+        # 1e-10 would leave 0.07 of a standard deviation, for data this good
+        if float((rz / dot(rhs, prior_filter(rhs, power))).max()) < 1e-13:
             return x
         p = z + rz / old * p
     raise AssertionError(f"not converged in {steps} steps")
@@ -169,7 +170,8 @@ def solved(prior, like, rhs, steps=2000):
 @pytest.mark.slow
 def test_gaussian_sky_of_64_pixels():
     """As above, against the exact mean and 64 exact draws by perturbing and solving with the Toeplitz operator: no code of
-    samplers, compression or NUFFTs in the loop.  Variances in bands of wavenumber, 4 Monte Carlo errors beyond 3%.
+    samplers, compression or NUFFTs in the loop.  Variances in bands of wavenumber, and the square of the mean's error over
+    its expectation, 4 Monte Carlo errors beyond 3%. That square scatters as the power of one draw does.
     """
     n, count = 64, 64
     prior = sky(n)
@@ -192,13 +194,17 @@ def test_gaussian_sky_of_64_pixels():
         modes = torch.fft.fft2(x.double() - mean, norm="ortho").abs().square()[:, 0]
         return torch.stack([modes[:, band].mean(1) for band in bands], 1)
 
+    power = (exact_draws - mean).square().flatten(1).sum(1)
+    scatter = float(power.std() / power.mean())
+
     def accepted(x):
         floor = ((exact_draws - mean).square().mean() / len(x)).sqrt()
         off = float((x.double().mean(0) - mean[0]).square().mean().sqrt() / floor)
         ours, theirs = band_power(x), band_power(exact_draws)
         ratio = ours.mean(0) / theirs.mean(0)
         error = torch.hypot(*(p.std(0) / p.mean(0) / math.sqrt(len(p)) for p in (ours, theirs)))
-        return off <= 1.15 and bool(((ratio - 1).abs() <= 0.03 + 4 * error).all()), (off, ratio)
+        within = bool(((ratio - 1).abs() <= 0.03 + 4 * error).all())
+        return off**2 <= 1.03 + 4 * scatter and within, (off, scatter, ratio)
 
     small = compress(like)
 
