@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from slacs import arguments_of, part, reconstruct, report
 
 from diffpost.lens import LensResult
+from diffpost.physics import Grid
 
 NAME = "slacs2303+1422"
 MODEL = {
@@ -57,11 +58,8 @@ HOLE = (-0.95, -0.8, 0.4)
 
 def hole(shape: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels of `HOLE` in an image (h, w)."""
-    rows, columns = np.indices(shape)
-    x, y, radius = HOLE
-    x = (columns - (shape[1] - 1) / 2) * MODEL["pixel"] - x
-    y = (rows - (shape[0] - 1) / 2) * MODEL["pixel"] - y
-    inside: NDArray[np.bool_] = np.hypot(x, y) < radius
+    x, y = Grid(shape, pixel=MODEL["pixel"]).coordinates()
+    inside: NDArray[np.bool_] = (torch.hypot(x - HOLE[0], y - HOLE[1]) < HOLE[2]).numpy()
     return inside
 
 

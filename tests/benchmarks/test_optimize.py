@@ -53,8 +53,8 @@ def over(part, whole, repeats: int = 1, pairs: int = 5) -> float:
     )
 
 
-def unet():
-    prior = dp.optimize(dp.load_prior("galaxies-64"))
+def unet(name: str = "galaxies-64"):
+    prior = dp.optimize(dp.load_prior(name))
     prior.net.requires_grad_(False)  # as a guidance has it: no convolution for gradients of weights
     return prior
 
@@ -114,8 +114,7 @@ def test_score_models(benchmark, ratio, kind, what):
 @pytest.mark.parametrize("what", ["forward", "VJP"])
 @pytest.mark.parametrize("name", ["galaxies-64", "galaxies-32"])
 def test_share_of_a_convolution(benchmark, ratio, name, what):
-    prior = dp.optimize(dp.load_prior(name))
-    prior.net.requires_grad_(False)  # as a guidance has it: no convolution for gradients of weights
+    prior = unet(name)
     x, label, v = torch.randn(8, *prior.shape), torch.zeros(8), torch.randn(8, *prior.shape)
     conv = torch.nn.Conv2d(128, 128, 3, padding=1).requires_grad_(False)
     conv = conv.to(memory_format=torch.channels_last)
