@@ -95,10 +95,14 @@ def test_the_prior_with_its_own_density_passes_for_highest_density(problem, unif
     uniform_p(p)
 
 
-@pytest.mark.parametrize("check", ["random", "data", "back-projection", "hpd"])
-def test_a_bias_of_a_third_of_sigma_is_hardly_seen_by_regions(check: str, p_values) -> None:
+@pytest.mark.parametrize(
+    ("check", "passed"), [("random", 0.5), ("data", 0.25), ("back-projection", 0.5), ("hpd", 0.5)]
+)
+def test_a_bias_of_a_third_of_sigma_is_hardly_seen_by_regions(
+    check: str, passed: float, p_values
+) -> None:
     """Found in 0.33 ("data"), 0.13 ("hpd") and 0.07 ("back-projection") of 30 runs; "total" above finds it in all."""
-    assert np.mean(np.array(p_values("biased", 12)[check]) > 0.01) > 0.25
+    assert np.mean(np.array(p_values("biased", 12)[check]) > 0.01) > passed
 
 
 @pytest.mark.parametrize("missing", [False, True])
